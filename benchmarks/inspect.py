@@ -1,0 +1,199 @@
+"""``retract inspect MODEL``: which weights of a network are scale-invariant, as a table or as JSON."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from retract.nets import Invariance
+
+__all__ = ["inspect_command", "invariance_table"]
+
+_ANSWER = {
+    "filter": "per filter",
+    "group": "per group",
+    "whole": "as a whole",
+    "bias": "with its bias",
+    "none": "no",
+}
+
+
+def inspect_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model of the zoo (resnet20, ...), path/to/file.py:NAME or package.module:NAME. NAME is a "
+            "torch module, or a callable that returns one, or returns a pair (module, example_input).",
+        ),
+    ],
+    input_shape: Annotated[
+        str | None,
+        typer.Option(help="Shape of one input, such as 3,32,32. Models of the zoo have a default."),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Inputs in the batch, drawn from a standard normal law.")
+    ] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show which parameters can be rescaled without changing the network: those that PSI optimizers turn."""
+    from rich.console import Console
+
+    from retract.nets import find_scale_invariant
+
+    network, example_input = _model_and_input(model, input_shape, batch)
+    try:
+        if as_json:
+            typer.echo(json.dumps(_as_dict(network, find_scale_invariant(network, *example_input)), indent=2))
+        else:
+            Console().print(invariance_table(network, example_input, title=model))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL") from error
+
+
+def invariance_table(model: nn.Module, example_input: Any, title: str | None = None) -> Table:
+    """Table of every parameter of ``model``: shape, what it is invariant to, manifold, residual.
+
+    Args:
+        model: any network.
+        example_input: one tensor, or the tuple of positional arguments of a forward pass.
+        title: title of the table.
+
+    Raises:
+        ValueError: as `retract.nets.find_scale_invariant`.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from retract.nets import find_scale_invariant
+
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    found = find_scale_invariant(model, *inputs)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    invariant = {name: i.manifold for name, i in found.items() if i.manifold is not None}
+    entries = sum(math.prod(shapes[name]) for name in invariant)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    scales = sum(manifold.num_scales(shapes[name]) for name, manifold in invariant.items())
+
+    table = Table(
+        title=title and Text(title),
+        caption=f"{len(invariant)} of {len(found)} parameters are scale-invariant: "
+        f"{entries:,} of {total:,} entries, {scales:,} scales.",
+    )
+    for heading in ("parameter", "shape", "scale-invariant", "manifold"):
+        table.add_column(heading, no_wrap=heading == "parameter")
+    table.add_column("|cos|", justify="right")
+    table.add_column("note", style="dim")
+    for name, i in found.items():
+        shape = " x ".join(map(str, shapes[name])) or "scalar"
+        note = f"{i.reason} with {i.partner}" if i.partner else i.reason
+        row = (name, shape, _ANSWER[i.kind], str(i.manifold or ""), _figure(i.residual), note)
+        table.add_row(*map(Text, row), style="bold" if i.manifold is not None else None)
+    return table
+
+
+def _as_dict(model: nn.Module, found: dict[str, Invariance]) -> dict[str, Any]:
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    return {
+        name: {
+            "shape": shapes[name],
+            "kind": i.kind,
+            "manifold": None if i.manifold is None else {"name": i.manifold.name, **i.manifold.arguments},
+            "partner": i.partner,
+            "residual": None if math.isnan(i.residual) else i.residual,
+            "reason": i.reason,
+        }
+        for name, i in found.items()
+    }
+
+
+def _figure(residual: float) -> str:
+    return "" if math.isnan(residual) else f"{residual:.1e}"
+
+
+def _model_and_input(spec: str, input_shape: str | None, batch: int) -> tuple[nn.Module, tuple[Any, ...]]:
+    import torch
+
+    from retract.nets import cnn
+
+    shape = None if input_shape is None else _shape(input_shape)
+    if spec in cnn.MODELS:
+        made: Any = cnn.MODELS[spec]()
+        shape = shape or cnn.INPUT_SHAPES[spec]
+    else:
+        made = _made(spec)
+    model, example_input = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, torch.nn.Module):
+        raise typer.BadParameter(
+            f"{spec} gave a {type(model).__name__}, not a torch.nn.Module", param_hint="MODEL"
+        )
+    if shape is not None:
+        example_input = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+    if example_input is None:
+        raise typer.BadParameter(
+            f"{spec} has no default input: say --input-shape 3,32,32", param_hint="--input-shape"
+        )
+    return model, example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise typer.BadParameter(
+            f"got {text!r}, want positive sizes such as 3,32,32", param_hint="--input-shape"
+        )
+    return shape
+
+
+def _made(spec: str) -> Any:
+    """What ``path/to/file.py:NAME`` or ``package.module:NAME`` gives."""
+    source, _, name = spec.rpartition(":")
+    if not source:
+        from retract.nets import cnn
+
+        raise typer.BadParameter(
+            f"{spec!r} is no model of the zoo ({', '.join(cnn.MODELS)}), nor of the form "
+            "path/to/file.py:NAME or package.module:NAME",
+            param_hint="MODEL",
+        )
+    module = _module_from_file(Path(source)) if source.endswith(".py") else _module_by_name(source)
+    if not hasattr(module, name):
+        raise typer.BadParameter(f"{source} has no {name!r}", param_hint="MODEL")
+    found = getattr(module, name)
+    # A module is callable too, but it is the answer already.
+    return (
+        found()
+        if (callable(found) and not hasattr(found, "state_dict")) or isinstance(found, type)
+        else found
+    )
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {path}", param_hint="MODEL")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module_by_name(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"cannot import {name}: {error}", param_hint="MODEL") from error
