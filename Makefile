@@ -7,8 +7,7 @@ WORKERS ?= 2
 python := $(VENV)/bin/python
 # mypy resolves `retract.*` by folder names, and `retract` has no folder: links give it one (see CONTRIBUTING.md).
 typing := build/typing/retract
-# One thread a process: the tensors of the tests are small, and the workers share the cores.
-pytest := OMP_NUM_THREADS=1 $(python) -m pytest -q -n $(WORKERS) --dist loadscope
+pytest := $(python) -m pytest -q -n $(WORKERS) --dist loadscope
 
 .PHONY: demo test test-all check format clean
 .DELETE_ON_ERROR:
@@ -26,7 +25,7 @@ check: $(VENV)/.dev $(typing)
 	@$(python) -m ruff check --quiet .
 	@$(python) -m ruff format --check --quiet . || { echo "ruff: some files are not formatted: run 'make format'"; exit 1; }
 	@$(python) -m mypy
-	@OMP_NUM_THREADS=1 $(python) -m pytest -q tests/test_docs.py
+	@$(python) -m pytest -q tests/test_docs.py
 
 format: $(VENV)/.dev
 	@$(python) -m ruff check --fix --quiet .

@@ -30,12 +30,12 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("demo", ".demo", "demo_command", "SGD and PSISGD, each from two initializations of one network."),
     Command("train", ".train", "train_command", "Train a network, or resume a run."),
-    Command(
-        "inspect", ".inspect", "inspect_command", "Which weights of a network are scale-invariant, and how."
-    ),
+    Command("inspect", ".inspect", "inspect_command", "Which weights of a network are scale-invariant, and how."),
 )
 BENCHMARKS = (
     Command("speed", ".speed", "speed_command", "Time one optimizer step, against torch, geoopt and adamp."),
+    Command("stiefel", ".stiefel_speed", "stiefel_command", "Time one step on a Stiefel matrix, against geoopt."),
+    Command("angular", ".angular", "angular_command", "Compare PSIAngular's choices with their alternatives."),
     Command("digits", ".digits", "digits_command", "Tune and compare all optimizers on 8x8 digits."),
 )
 
@@ -94,7 +94,13 @@ class Bench(TyperGroup):
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(cls=Root, no_args_is_help=True, rich_markup_mode="rich", context_settings=SETTINGS)
+app = typer.Typer(
+    cls=Root,
+    pretty_exceptions_show_locals=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings=SETTINGS,
+)
 bench = typer.Typer(cls=Bench, no_args_is_help=True, rich_markup_mode="rich", context_settings=SETTINGS)
 app.add_typer(bench, name="bench")
 

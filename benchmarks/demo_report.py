@@ -55,9 +55,7 @@ def write_demo_report(path: Path, runs: list[Run], settings: Settings) -> Path:
         sections=[
             Section("What was done", _method_text(settings)),
             Section("The loss curves", _CURVES_TEXT, [curves, training]),
-            Section(
-                "How far apart the two curves of an optimizer are", _DIFFERENCES_TEXT, [gaps, difference]
-            ),
+            Section("How far apart the two curves of an optimizer are", _DIFFERENCES_TEXT, [gaps, difference]),
         ],
         facts=provenance(seed=settings.seed),
     )
@@ -79,9 +77,9 @@ epochs, batches of {settings.batch_size}, learning rate {settings.lr:g} with a c
 {settings.momentum:g}, no weight decay, the same batches in every run.
 
 BatchNorm divides each channel by its standard deviation, so multiplying a filter by a positive number
-changes nothing that the network computes. The usual initialization is PyTorch's. The rescaled one is the
-same, with every filter multiplied by its own 10^u, u uniform in [-1.5, 1.5]: as functions the two are
-equal (up to BatchNorm's epsilon), as tensors they are not.
+changes nothing that the network computes. The usual initialization is the network's own. The rescaled one
+is the same, with every filter multiplied by its own 10^u, u uniform in [-1.5, 1.5]: as functions the two
+are equal (up to BatchNorm's epsilon), as tensors they are not.
 
 `torch.optim.SGD` works on the tensors: a filter ten times larger gets a gradient ten times smaller, and
 turns a hundred times more slowly. `PSISGD` works on what a filter stands for, a direction, and takes the
@@ -112,9 +110,7 @@ def _precisions(runs: list[Run]) -> list[Precision]:
 
 
 def _pick(runs: list[Run], optimizer: str, init: str, precision: Precision) -> Run:
-    return next(
-        run for run in runs if (run.optimizer, run.init, run.precision) == (optimizer, init, precision)
-    )
+    return next(run for run in runs if (run.optimizer, run.init, run.precision) == (optimizer, init, precision))
 
 
 def _training_table(runs: list[Run]) -> Table:
@@ -146,9 +142,7 @@ def _difference_table(runs: list[Run]) -> Table:
         split = first_split(gaps)
         rows.append([optimizer, precision, f"{max(gaps):.2g}", "–" if split is None else str(split)])
     header = ["optimizer", "precision", "largest difference of loss", f"first step over {SPLIT:g}"]
-    return Table(
-        header, rows, f"Over all {len(gaps)} steps; – where the losses never differ by more than {SPLIT:g}."
-    )
+    return Table(header, rows, f"Over all {len(gaps)} steps; – where the losses never differ by more than {SPLIT:g}.")
 
 
 def _curves_figure(runs: list[Run]) -> MatplotlibFigure:
@@ -159,9 +153,7 @@ def _curves_figure(runs: list[Run]) -> MatplotlibFigure:
         for ax, optimizer in zip(axes, OPTIMIZERS, strict=True):
             usual, rescaled = (_pick(runs, optimizer, init, runs[0].precision).losses for init in INITS)
             steps = range(1, len(usual) + 1)
-            ax.semilogy(
-                steps, usual, color=COLOURS[optimizer], linewidth=4, alpha=0.35, label="usual initialization"
-            )
+            ax.semilogy(steps, usual, color=COLOURS[optimizer], linewidth=4, alpha=0.35, label="usual initialization")
             ax.semilogy(
                 steps,
                 rescaled,
@@ -186,9 +178,7 @@ def _differences_figure(runs: list[Run]) -> MatplotlibFigure:
         for optimizer, precision in product(OPTIMIZERS, styles):
             gaps = [gap or nan for gap in accumulate(differences(runs, optimizer, precision), max)]
             label = f"{optimizer}, {precision}"
-            ax.semilogy(
-                range(1, len(gaps) + 1), gaps, styles[precision], color=COLOURS[optimizer], label=label
-            )
+            ax.semilogy(range(1, len(gaps) + 1), gaps, styles[precision], color=COLOURS[optimizer], label=label)
         ax.set(xlabel="step", ylabel="largest difference of the losses")
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     pyplot.close(figure)

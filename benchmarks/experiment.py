@@ -52,8 +52,11 @@ class Config:
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as JSON holds them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    """The options as JSON holds them; paths absolute, so that a run can be resumed from anywhere."""
+    return {
+        name: str(value.expanduser().absolute()) if isinstance(value, Path) else value
+        for name, value in options.items()
+    }
 
 
 def resolve(options: Mapping[str, Any]) -> Config:
@@ -91,9 +94,7 @@ def build_trainer(config: Config) -> Trainer:
     """Data, network, optimizer and loop of a run, all from its options."""
     torch.set_num_threads(config.threads)
     device = usable_device(config.device)
-    dataset = load(
-        config.data, config.data_dir, subset=config.subset, seed=config.seed, image_size=config.image_size
-    )
+    dataset = load(config.data, config.data_dir, subset=config.subset, seed=config.seed, image_size=config.image_size)
     torch.manual_seed(config.seed)
     model = build_model(config, dataset).to(device)
     optimizer = optimizers.build(

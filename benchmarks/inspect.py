@@ -23,7 +23,7 @@ _ANSWER = {
     "filter": "per filter",
     "group": "per group",
     "whole": "as a whole",
-    "bias": "with its bias",
+    "bias": "with bias",
     "none": "no",
 }
 
@@ -41,9 +41,7 @@ def inspect_command(
         str | None,
         typer.Option(help="Shape of one input, such as 3,32,32. Models of the zoo have a default."),
     ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Inputs in the batch, drawn from a standard normal law.")
-    ] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs in the batch, drawn from a standard normal law.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show which parameters can be rescaled without changing the network: those that PSI optimizers turn."""
@@ -91,13 +89,12 @@ def invariance_table(model: nn.Module, example_input: Any, title: str | None = N
         f"{entries:,} of {total:,} entries, {scales:,} scales.",
     )
     for heading in ("parameter", "shape", "scale-invariant", "manifold"):
-        table.add_column(heading, no_wrap=heading == "parameter")
+        table.add_column(heading, no_wrap=heading == "parameter", overflow="fold")
     table.add_column("|cos|", justify="right")
-    table.add_column("note", style="dim")
     for name, i in found.items():
-        shape = " x ".join(map(str, shapes[name])) or "scalar"
-        note = f"{i.reason} with {i.partner}" if i.partner else i.reason
-        row = (name, shape, _ANSWER[i.kind], str(i.manifold or ""), _figure(i.residual), note)
+        shape = "x".join(map(str, shapes[name])) or "scalar"
+        answer = ", ".join(filter(None, (_ANSWER[i.kind], i.reason)))
+        row = (name, shape, answer, str(i.manifold or ""), _figure(i.residual))
         table.add_row(*map(Text, row), style="bold" if i.manifold is not None else None)
     return table
 
@@ -134,15 +131,11 @@ def _model_and_input(spec: str, input_shape: str | None, batch: int) -> tuple[nn
         made = _made(spec)
     model, example_input = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, torch.nn.Module):
-        raise typer.BadParameter(
-            f"{spec} gave a {type(model).__name__}, not a torch.nn.Module", param_hint="MODEL"
-        )
+        raise typer.BadParameter(f"{spec} gave a {type(model).__name__}, not a torch.nn.Module", param_hint="MODEL")
     if shape is not None:
         example_input = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
     if example_input is None:
-        raise typer.BadParameter(
-            f"{spec} has no default input: say --input-shape 3,32,32", param_hint="--input-shape"
-        )
+        raise typer.BadParameter(f"{spec} has no default input: say --input-shape 3,32,32", param_hint="--input-shape")
     return model, example_input if isinstance(example_input, tuple) else (example_input,)
 
 
@@ -152,9 +145,7 @@ def _shape(text: str) -> tuple[int, ...]:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise typer.BadParameter(
-            f"got {text!r}, want positive sizes such as 3,32,32", param_hint="--input-shape"
-        )
+        raise typer.BadParameter(f"got {text!r}, want positive sizes such as 3,32,32", param_hint="--input-shape")
     return shape
 
 
@@ -174,11 +165,7 @@ def _made(spec: str) -> Any:
         raise typer.BadParameter(f"{source} has no {name!r}", param_hint="MODEL")
     found = getattr(module, name)
     # A module is callable too, but it is the answer already.
-    return (
-        found()
-        if (callable(found) and not hasattr(found, "state_dict")) or isinstance(found, type)
-        else found
-    )
+    return found() if (callable(found) and not hasattr(found, "state_dict")) or isinstance(found, type) else found
 
 
 def _module_from_file(path: Path) -> Any:

@@ -66,9 +66,7 @@ OPTIMIZERS: dict[str, Choice] = {
     "adamw": Choice("torch.optim", "AdamW", "Adam with decoupled decay", 1e-3, _adam_like),
     "sgdp": Choice("adamp", "SGDP", "SGD without radial steps", 0.1, _sgd_like),
     "adamp": Choice("adamp", "AdamP", "AdamW without radial steps", 1e-3, _adam_like),
-    "geoopt-sphere": Choice(
-        "geoopt.optim", "RiemannianSGD", "geoopt, filters of unit norm", 0.1, _sgd_like, "sphere"
-    ),
+    "geoopt-sphere": Choice("geoopt.optim", "RiemannianSGD", "geoopt, filters of unit norm", 0.1, _sgd_like, "sphere"),
     "psisgd": Choice("retract.optim", "PSISGD", "SGD on PSI weights", 0.1, _sgd_like, "psi"),
     "psigd": Choice("retract.optim", "PSIGD", "the same without momentum", 1.0, _plain, "psi"),
     "psiangular": Choice(
@@ -133,9 +131,7 @@ def build(
     if choice.manifold != "psi":
         groups = [_euclidean(group) for group in groups]
     optimizer_class = getattr(import_module(choice.module), choice.name)
-    optimizer: torch.optim.Optimizer = optimizer_class(
-        groups, lr=lr, **choice.arguments(momentum, weight_decay)
-    )
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=lr, **choice.arguments(momentum, weight_decay))
     return optimizer
 
 

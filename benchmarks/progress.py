@@ -37,9 +37,7 @@ class TrainingProgress:
         self._epochs = trainer.epochs
         self._updated = 0.0
         total = trainer.epochs * trainer.steps_per_epoch
-        self._task = self._bar.add_task(
-            "", total=total, epoch=f"{trainer.epoch + 1}/{self._epochs}", loss=math.nan
-        )
+        self._task = self._bar.add_task("", total=total, epoch=f"{trainer.epoch + 1}/{self._epochs}", loss=math.nan)
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()

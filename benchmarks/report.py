@@ -44,9 +44,7 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.header):
-                raise ValueError(
-                    f"rows must have {len(self.header)} cells like the header, got {len(row)}: {row!r}"
-                )
+                raise ValueError(f"rows must have {len(self.header)} cells like the header, got {len(row)}: {row!r}")
 
     @property
     def numeric(self) -> list[bool]:

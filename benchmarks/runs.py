@@ -39,9 +39,7 @@ class Run:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; a run needs a folder")
         if (folder / CONFIG).exists() and not overwrite:
-            raise ValueError(
-                f"{folder} already holds a run: use --resume {folder}, --overwrite, or another --out"
-            )
+            raise ValueError(f"{folder} already holds a run: use --resume {folder}, --overwrite, or another --out")
 
     @classmethod
     def create(cls, folder: str | Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Run:
@@ -139,9 +137,7 @@ class Run:
     def _truncate_metrics(self, lines: int) -> None:
         records = self.metrics()
         if len(records) < lines:
-            raise ValueError(
-                f"{self._metrics_path} holds {len(records)} lines; its checkpoint came after {lines}"
-            )
+            raise ValueError(f"{self._metrics_path} holds {len(records)} lines; its checkpoint came after {lines}")
         if self._metrics_path.exists():
             whole = self._metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
             with _replacing(self._metrics_path) as partial:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import geoopt
 import torch
+import typer
 from torch import Tensor
 
 from retract.manifolds import Stiefel
 
-__all__ = ["SIZES", "Row", "run"]
+from .provenance import provenance
+from .report import Table
+from .timing import interleave
+
+__all__ = ["SIZES", "Row", "run", "stiefel_command"]
 
 SIZES = ((144, 16), (576, 64), (1152, 128), (4608, 512))
 BASELINE = "geoopt RiemannianSGD, EuclideanStiefel"
@@ -58,14 +62,12 @@ def _rows(
     methods = {BASELINE: _geoopt_step(start, gradient, lr, momentum)}
     for retraction in ("qr", "polar", "cayley"):
         manifold = Stiefel(retraction)
-        methods[f"{retraction}, momentum transported"] = _transported_step(
-            manifold, start, gradient, lr, momentum
-        )
+        methods[f"{retraction}, momentum transported"] = _transported_step(manifold, start, gradient, lr, momentum)
         methods[f"{retraction}, one projection"] = _projected_step(manifold, start, gradient, lr, momentum)
-    times = _interleaved({name: step for name, (_, step) in methods.items()}, seconds)
+    times = interleave({name: step for name, (_, step) in methods.items()}, seconds)
     for name, (point, _) in methods.items():
-        speedup = times[BASELINE] / times[name]
-        yield Row(size, name, 1e3 * times[name], speedup, _orthonormality_error(point))
+        speedup = times[BASELINE].median / times[name].median
+        yield Row(size, name, 1e3 * times[name].median, speedup, _orthonormality_error(point))
 
 
 def _geoopt_step(start: Tensor, gradient: Tensor, lr: float, momentum: float) -> tuple[Tensor, Step]:
@@ -104,19 +106,30 @@ def _projected_step(
     return point, step
 
 
-def _interleaved(steps: dict[str, Step], seconds: float) -> dict[str, float]:
-    """Median seconds of each step; the methods take turns, each after one untimed step of its own."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[BASELINE]) < 10:
-        for name, step in steps.items():
-            step()
-            begin = time.perf_counter()
-            step()
-            samples[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
 def _orthonormality_error(point: Tensor) -> float:
     frame = point.detach().as_subclass(Tensor).double()
     return float((frame.mT @ frame - torch.eye(frame.shape[-1], dtype=frame.dtype)).abs().max())
+
+
+def stiefel_command(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend on each size.")] = 10.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's own.", show_default=False)
+    ] = None,
+) -> None:
+    """Time one momentum step on Stiefel matrices in float32, against geoopt's RiemannianSGD, taking turns in one run.
+
+    RiemannianSGD on our Stiefel takes the step of one projection: projecting the sum of momentum and gradient
+    transports the one and projects the other at once.
+    """
+    from rich import print as show
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows = [
+        ["x".join(map(str, row.size)), row.method, f"{row.milliseconds:.3f}", f"{row.speedup:.2f}", f"{row.error:.1e}"]
+        for row in run(seconds=seconds)
+    ]
+    show(Table(("size", "method", "ms", "speed-up", "max |XᵀX - I|"), rows).rich())
+    for name, value in provenance(seconds_per_size=seconds).items():
+        show(f"{name}: {value}")

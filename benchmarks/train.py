@@ -27,9 +27,7 @@ RUN = {"rich_help_panel": "Run"}
 
 def train_command(
     context: typer.Context,
-    data: Annotated[
-        str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME", **DATA)
-    ] = "digits",
+    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME", **DATA)] = "digits",
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -41,9 +39,7 @@ def train_command(
     ] = None,
     subset: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Train on N images, classes balanced. Default: on all.", metavar="N", **DATA
-        ),
+        typer.Option(min=1, help="Train on N images, classes balanced. Default: on all.", metavar="N", **DATA),
     ] = None,
     image_size: Annotated[
         int | None,
@@ -53,8 +49,7 @@ def train_command(
         bool | None,
         typer.Option(
             "--augment/--no-augment",
-            help="Shift images by up to an eighth of their height, and mirror those of cifar10. "
-            "Default: for cifar10.",
+            help="Shift images by up to an eighth of their height, and mirror those of cifar10. Default: for cifar10.",
             **DATA,
         ),
     ] = None,
@@ -114,9 +109,7 @@ def train_command(
             **METHOD,
         ),
     ] = 0.0,
-    epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the training images.", metavar="N", **LOOP)
-    ] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.", metavar="N", **LOOP)] = 15,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N", **LOOP)] = 128,
     schedule: Annotated[
         str,
@@ -135,24 +128,18 @@ def train_command(
     ] = 0.0,
     seed: Annotated[
         int,
-        typer.Option(
-            help="Of initial weights, order of images, augmentation and subset.", metavar="N", **LOOP
-        ),
+        typer.Option(help="Of initial weights, order of images, augmentation and subset.", metavar="N", **LOOP),
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", metavar="NAME", **LOOP)] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. Default: torch's own.", metavar="N", **LOOP)
     ] = None,
-    amp: Annotated[
-        bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.", **LOOP)
-    ] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.", **LOOP)] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder. Default: runs/DATA-MODEL-OPTIMIZER-SEED.", metavar="FOLDER", **RUN),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in that folder.", **RUN)
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.", **RUN)] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -215,9 +202,7 @@ def _fit(trainer: Trainer, run: Run) -> None:
             trainer.fit(run, on_step=progress.step, on_epoch=progress.epoch)
     except Interrupted as interruption:
         console.print(f"Stopped after step {trainer.step} of epoch {trainer.epoch + 1}. To go on:")
-        console.print(
-            f"  retract train --resume {shlex.quote(str(run.folder))}", soft_wrap=True, highlight=False
-        )
+        console.print(f"  retract train --resume {shlex.quote(str(run.folder))}", soft_wrap=True, highlight=False)
         raise typer.Exit(128 + interruption.signum) from None
     console.print(summary(run))
     console.print(f"Run folder: {run.folder.resolve()}", soft_wrap=True, highlight=False)
@@ -229,9 +214,7 @@ def summary(run: Run) -> Table:
 
     metrics = run.metrics()
     best = max(metrics, key=lambda record: record["test_accuracy"])
-    title = (
-        f"{run.config['model']} on {run.config['data']}, {run.config['optimizer']}, lr {run.config['lr']:g}"
-    )
+    title = f"{run.config['model']} on {run.config['data']}, {run.config['optimizer']}, lr {run.config['lr']:g}"
     table = Table(title=title, title_justify="left")
     for column in ("", "epoch", "train loss", "test loss", "test accuracy"):
         table.add_column(column, justify="right" if column else "left")

@@ -50,7 +50,7 @@ def schedule_factor(name: str, total_steps: int, warmup_steps: int = 0) -> Calla
 
 
 class DivergedError(ValueError):
-    """The training loss became NaN or infinite."""
+    """The loss became NaN or infinite, or an optimizer met a gradient that is."""
 
 
 class Trainer:
@@ -136,7 +136,7 @@ class Trainer:
         Ctrl-C or SIGTERM finish the step under way, write a checkpoint, and raise :class:`Interrupted`.
 
         Raises:
-            DivergedError: the loss is no longer finite.
+            DivergedError: the training or the test loss is no longer finite.
         """
         with stop_on_signal() as stop:
             try:
@@ -193,6 +193,8 @@ class Trainer:
     def _finish_epoch(self, stop: Stop) -> dict[str, Any]:
         last_step = (self.epoch + 1) * self.steps_per_epoch - 1
         test_loss, test_accuracy = self.evaluate(stop)
+        if not math.isfinite(test_loss):
+            raise self._diverged(self.step, f"the test loss is {test_loss}")
         record = {
             "epoch": self.epoch + 1,
             "step": last_step + 1,

@@ -119,9 +119,7 @@ def check_metric(manifold: Any, x: Point, *, seed: int = 0, tol: float = 1e-9) -
     report = Findings("metric")
     vectors = [tangent(manifold, x, generator) for _ in range(8)]
     u, v, w = vectors[:3]
-    products = torch.tensor(
-        [[inner(manifold, x, a, b) for b in vectors] for a in vectors], dtype=torch.float64
-    )
+    products = torch.tensor([[inner(manifold, x, a, b) for b in vectors] for a in vectors], dtype=torch.float64)
     report.error("symmetry", float((products - products.mT).abs().max()), tol)
     split = 2 * inner(manifold, x, u, w) - 3 * inner(manifold, x, v, w)
     report.error("linearity", abs(inner(manifold, x, combine(2.0, u, -3.0, v), w) - split), tol)
@@ -164,9 +162,7 @@ def check_gradient(
     return report.done()
 
 
-def check_transport(
-    manifold: Any, x: Point, *, isometric: bool = False, seed: int = 0, tol: float = 1e-9
-) -> Report:
+def check_transport(manifold: Any, x: Point, *, isometric: bool = False, seed: int = 0, tol: float = 1e-9) -> Report:
     """Transport lands in the tangent space of the new point, is linear, and does nothing on the spot.
 
     ``isometric=True`` asks it to keep inner products too; their change is reported either way. Both `transp`

@@ -96,7 +96,7 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Second-order retraction: normalize ``x + u``."""
-        return x + u
+        return self._normalized(x + u)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Great circles from ``x`` along tangent ``u``, each of length |u_i| radians."""
@@ -151,9 +151,7 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
             return False, f"{name}: {self} needs slices of two or more entries, got shape {tuple(shape)}"
         return True, None
 
-    def _check_point_on_manifold(
-        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         worst = float((self._cone.norms(x.detach()) - 1).abs().amax())
         allowed = atol + rtol + torch.finfo(x.dtype).eps
         if not worst <= allowed:  # NaN too

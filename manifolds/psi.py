@@ -53,9 +53,7 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise ValueError(f"dim must be an integer, got {dim!r}")
         if conv_groups > 1 and dim != 1:
-            raise ValueError(
-                f"conv_groups={conv_groups} needs dim=1 (a transposed convolution), got dim={dim}"
-            )
+            raise ValueError(f"conv_groups={conv_groups} needs dim=1 (a transposed convolution), got dim={dim}")
         self.dim, self.groups, self.conv_groups = dim, groups, conv_groups
 
     @property
@@ -82,11 +80,9 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
             ValueError: ``dim`` is out of range, or ``groups`` or ``conv_groups`` does not divide the shape.
         """
         if not -x.ndim <= self.dim < x.ndim:
-            raise ValueError(
-                f"{self} needs a tensor that has dimension {self.dim}, got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"{self} needs a tensor that has dimension {self.dim}, got shape {tuple(x.shape)}")
         dim = self.dim % x.ndim
-        scales = (dim,)
+        scales: tuple[int, ...] = (dim,)
         view = x
         if self.conv_groups > 1:
             view = self._split(view, 0, self.conv_groups, "conv_groups")
@@ -96,9 +92,7 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
         reduced = tuple(i for i in range(view.ndim) if i not in scales)
         return (view, reduced) if reduced else (view.unsqueeze(-1), (view.ndim,))
 
-    def _blocks_of_slices(
-        self, view: Tensor, dim: int, scales: tuple[int, ...]
-    ) -> tuple[Tensor, tuple[int, ...]]:
+    def _blocks_of_slices(self, view: Tensor, dim: int, scales: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """Let ``groups`` normalisation blocks share scales, inside or across the groups of the convolution."""
         assert self.groups is not None
         if self.conv_groups == 1:
@@ -112,10 +106,9 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
     def _split(self, view: Tensor, dim: int, parts: int, argument: str) -> Tensor:
         size = view.shape[dim]
         if size % parts:
-            raise ValueError(
-                f"{self}: {argument} = {parts} does not divide size {size} of shape {tuple(view.shape)}"
-            )
-        return view.unflatten(dim, (parts, size // parts))
+            raise ValueError(f"{self}: {argument} = {parts} does not divide size {size} of shape {tuple(view.shape)}")
+        parted: Tensor = view.unflatten(dim, (parts, size // parts))
+        return parted
 
     def num_scales(self, shape: Sequence[int]) -> int:
         """Number of scale groups (independent positive factors) of a weight of this shape."""
@@ -129,7 +122,8 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
     def norms(self, x: Tensor) -> Tensor:
         """Euclidean norm of each scale group, kept broadcastable to the scale view; float32 for half types."""
         view, dims = self.scale_view(x)
-        return torch.linalg.vector_norm(view, dim=dims, keepdim=True, dtype=_accumulation_dtype(x))
+        norms: Tensor = torch.linalg.vector_norm(view, dim=dims, keepdim=True, dtype=_accumulation_dtype(x))
+        return norms
 
     def act(self, x: Tensor, scales: Tensor) -> Tensor:
         """Rescale each scale group of a point or a tangent vector: the group action T_a of Def. 1.
@@ -179,7 +173,7 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Geodesic distance: the root of the sum of squared angles."""
-        distance = torch.linalg.vector_norm(self.angles(x, y))
+        distance: Tensor = torch.linalg.vector_norm(self.angles(x, y))
         return distance.reshape([1] * x.ndim) if keepdim else distance
 
     # ------------------------------------------------------------------------------- tangent vectors, gradient
@@ -259,7 +253,7 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
         """A point uniform on the product of spheres, with Gaussian norms."""
         point = torch.randn(*size, dtype=dtype, device=device, generator=generator)
         self.scale_view(point)  # a shape that does not fit is an error here already
-        return geoopt.ManifoldTensor(point, manifold=self)
+        return self._marked(point)
 
     def origin(
         self,
@@ -269,9 +263,7 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
         seed: int | None = 42,
     ) -> Tensor:
         """The point whose scale groups are constant vectors of unit norm (``seed`` is geoopt's, not used)."""
-        return geoopt.ManifoldTensor(
-            self._normalized(torch.ones(*size, dtype=dtype, device=device)), manifold=self
-        )
+        return self._marked(self._normalized(torch.ones(*size, dtype=dtype, device=device)))
 
     def _check_shape(self, shape: Sequence[int], name: str) -> tuple[bool, str | None]:
         try:
@@ -280,9 +272,7 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
             return False, f"{name}: {error}"
         return True, None
 
-    def _check_point_on_manifold(
-        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         norms = self.norms(x).flatten()
         bad = (~torch.isfinite(norms) | (norms == 0)).nonzero().flatten().tolist()
         if bad:
@@ -294,19 +284,23 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
     ) -> tuple[bool, str | None]:
         cosine = (self._dot(x, u).abs() / self.norms(x)).flatten()
         allowed = atol + rtol * self.norms(u).flatten()
-        worst = int((cosine - allowed).argmax())
-        if bool(cosine[worst] > allowed[worst]):
+        within = cosine <= allowed  # false for NaN
+        if not bool(within.all()):
+            worst = int((~within).nonzero()[0])
             return False, f"scale group {worst} has a part of {float(cosine[worst]):.3g} along the weight"
         return True, None
 
     # ------------------------------------------------------------------------------------------------ helpers
 
+    def _marked(self, point: Tensor) -> Tensor:
+        """As geoopt returns points: a tensor that knows its manifold."""
+        marked: Tensor = geoopt.ManifoldTensor(point, manifold=self)
+        return marked
+
     def _normalized(self, x: Tensor) -> Tensor:
         return self._combine(1 / self.norms(x), x)
 
-    def _combine(
-        self, a: Tensor | None, x: Tensor, b: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
+    def _combine(self, a: Tensor | None, x: Tensor, b: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """``a * x + b * y`` with one coefficient per scale group; half types are combined in float32."""
         dtype = _accumulation_dtype(x)
         total, _ = self.scale_view(x.to(dtype))
@@ -320,5 +314,5 @@ class PSI(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     """Norms of half-precision weights overflow in their own type (papers: |w|^2 in fp16 at |w| > 255)."""
     if not x.is_floating_point():
-        raise TypeError(f"PSI needs a real floating-point weight, got dtype {x.dtype}")
+        raise TypeError(f"a weight on a manifold must be real and floating-point, got dtype {x.dtype}")
     return torch.float32 if x.dtype in _HALF else x.dtype

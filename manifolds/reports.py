@@ -32,9 +32,7 @@ class Report:
         return self.ok
 
     def __str__(self) -> str:
-        shown = [
-            f"{name} {value:.3g}{' (!)' * (name in self.failures)}" for name, value in self.figures.items()
-        ]
+        shown = [f"{name} {value:.3g}{' (!)' * (name in self.failures)}" for name, value in self.figures.items()]
         verdict = "ok  " if self.ok else "FAIL"
         return f"{verdict} {self.check}: {', '.join(shown + [self.note] * bool(self.note))}"
 

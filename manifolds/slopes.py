@@ -14,9 +14,7 @@ STEPS: tuple[float, ...] = tuple(float(t) for t in np.logspace(-6, 0, 31))
 _WINDOW = 8  # points: 1.4 decades
 
 
-def slope_of(
-    error: Callable[[float], float], *, noise: float, plot: Any = None, expected: float = 1.0
-) -> float:
+def slope_of(error: Callable[[float], float], *, noise: float, plot: Any = None, expected: float = 1.0) -> float:
     """Slope of ``error(t)`` for ``t`` from 1e-6 to 1; infinite where every error is below ``noise``.
 
     Args:

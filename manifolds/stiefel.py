@@ -33,7 +33,8 @@ class Stiefel(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
 
     Args:
         retraction: ``"qr"`` (first order, fastest), ``"polar"`` (second order, nearest to ``x + u``; it
-            synchronises a GPU) or ``"cayley"`` (first order, a rotation).
+            synchronises a GPU) or ``"cayley"`` (first order, a rotation;
+            in float32 for steps of norm up to 100: its p x p system squares their length).
         batched: whether leading dimensions are a batch.
 
     Sources: Edelman, Arias, Smith, SIMAX 1998 (geometry); Absil, Mahony, Sepulchre 2008, section 4.1 (QR,
@@ -73,9 +74,7 @@ class Stiefel(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
     def _matrix_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """(out, fan_in) of a weight, or (batch, m, n)."""
         if len(shape) < 2 or 0 in shape:
-            raise ValueError(
-                f"{self} needs a non-empty weight of two or more dimensions, got shape {tuple(shape)}"
-            )
+            raise ValueError(f"{self} needs a non-empty weight of two or more dimensions, got shape {tuple(shape)}")
         if not self.batched:
             return (shape[0], math.prod(shape[1:]))
         return tuple(shape) if len(shape) == 2 else (math.prod(shape[:-2]), *shape[-2:])
@@ -87,9 +86,7 @@ class Stiefel(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
         shape = self._matrix_shape(x.shape)
         for u in vectors:
             if u.shape != x.shape:
-                raise ValueError(
-                    f"vector has shape {tuple(u.shape)}, the weight has {tuple(x.shape)}; they must agree"
-                )
+                raise ValueError(f"vector has shape {tuple(u.shape)}, the weight has {tuple(x.shape)}; they must agree")
         dtype = torch.float32 if x.dtype in _HALF else x.dtype
         return shape[-2] <= shape[-1], [t.to(dtype).reshape(shape) for t in (x, *vectors)]
 
@@ -160,9 +157,7 @@ class Stiefel(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Not offered: it has no closed form."""
-        raise NotImplementedError(
-            f"{self} has no closed-form dist; it offers expmap, and norm of x - y in the space"
-        )
+        raise NotImplementedError(f"{self} has no closed-form dist; it offers expmap, and norm of x - y in the space")
 
     # ---------------------------------------------------------------------------------------- points, checks
 
@@ -201,9 +196,7 @@ class Stiefel(geoopt.Manifold):  # type: ignore[misc]  # geoopt is untyped
             return False, f"{name}: {error}"
         return True, None
 
-    def _check_point_on_manifold(
-        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         rows, (a,) = self._matrices(x)
         products = frames.gram(a, a, rows)
         return _at_most((products - frames.identity_like(products)).abs(), atol + _rounding(x), "XᵀX - I")
@@ -232,9 +225,7 @@ def _cayley(x: Tensor, u: Tensor, rows: bool) -> Tensor:
     turn = frames.gram(x, u, rows)
     normal = frames.add_mix(u, x, turn, rows, alpha=-1.0)
     system = frames.identity_like(turn) - turn / 2 + frames.gram(normal, normal, rows) / 4
-    moved = frames.add_mix(
-        x, normal.add(x, alpha=2), torch.linalg.inv_ex(system).inverse, rows, alpha=1.0, beta=-1.0
-    )
+    moved = frames.add_mix(x, normal.add(x, alpha=2), torch.linalg.inv_ex(system).inverse, rows, alpha=1.0, beta=-1.0)
     return frames.polish(moved, rows)
 
 

@@ -88,9 +88,8 @@ def candidates(shape: torch.Size, layout: Layout) -> list[Candidate]:
 def _rescalings(shape: torch.Size, conv_groups: int) -> Iterator[Candidate]:
     along = [PSI()]
     if len(shape) > 1 and shape[0] % conv_groups == 0:
-        along.append(
-            PSI(dim=1, conv_groups=conv_groups)
-        )  # transposed convolutions, and weights used as x @ w
+        # Transposed convolutions, and weights used as x @ w.
+        along.append(PSI(dim=1, conv_groups=conv_groups))
     filters = [(psi, scales) for psi in along if (scales := psi.num_scales(shape)) > 1]
     for psi, scales in filters:
         yield Candidate("filter", psi, psi, scales)

@@ -50,9 +50,8 @@ def canonicalize(
     epsilon.
 
     Raises:
-        ValueError: ``norm`` is not a positive number, or the eval outputs changed (a layer keeps running
-        statistics
-            of its own kind, or a channel that was dead on ``example_input``): the model is then as it was.
+        ValueError: ``norm`` is not a positive number, ``example_input`` leaves a channel constant, or the
+            eval outputs changed (a layer keeps statistics of its own kind). The model is then as it was.
     """
     if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < float("inf"):
         raise ValueError(f"norm must be a positive finite number, got {norm!r}")
@@ -69,8 +68,7 @@ def canonicalize(
         if not change < _tolerance(model):
             raise ValueError(
                 f"canonical=True would change the eval outputs on example_input by {change:.2g} of their "
-                "size: a layer keeps running statistics that are not a torch BatchNorm's, or example_input "
-                "leaves a channel dead; give a larger example_input, or use canonical=False"
+                "size: a layer keeps running statistics that are not a torch BatchNorm's; use canonical=False"
             )
 
 
@@ -91,13 +89,13 @@ def _channel_maps(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Per layer with running statistics the (c, d) of z' = c z + d, each of shape ``(channels,)``.
 
-    ``c`` comes from generic parameters near the model's, where fewer channels are dead; ``d``, which holds
-    the biases before the layer, from the model's own.
+    ``c`` holds for any parameters and comes from generic ones, where hardly a channel is dead. ``d`` is the
+    part of biases before the layer and comes from the model's own.
     """
     probe = Probe(model, example_input)
     generic = []
     for seed in range(1, _ROUNDS + 1):
-        probe.randomize(seed)
+        probe.randomize(seed, signs=True)
         generic.append(_before_and_after(probe, manifolds, factors, seed))
     probe.reset()
     own_old, own_new = _before_and_after(probe, manifolds, factors, seed=0)
@@ -105,7 +103,13 @@ def _channel_maps(
     for name in own_old:
         old = torch.stack([before[name][1] for before, _ in generic]).sum(0)
         new = torch.stack([after[name][1] for _, after in generic]).sum(0)
-        c = torch.where(old > 0, (new / old).sqrt(), torch.ones_like(old))
+        dead = (old == 0).nonzero().flatten().tolist()
+        if dead:
+            raise ValueError(
+                f"example_input leaves channels {dead[:8]} of {name} constant, so canonical=True cannot tell "
+                "how to rescale their running statistics; give a larger example_input"
+            )
+        c = (new / old).sqrt()
         maps[name] = (c, own_new[name][0] - c * own_old[name][0])
     return maps
 
@@ -150,7 +154,7 @@ def _eval_outputs(model: nn.Module, example_input: tuple[Any, ...]) -> list[Tens
     for name, layer in model.named_modules():
         if isinstance(layer, _NormBase) and layer.running_var is not None:
             probe.buffers[f"{name}.running_var"] += layer.eps
-    return [out.detach() for out in probe.outputs()]
+    return probe.outputs()
 
 
 def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
@@ -170,7 +174,7 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
     saved = [t.detach().clone() for t in tensors]
     try:
         yield
-    except ValueError:
+    except BaseException:
         for tensor, value in zip(tensors, saved, strict=True):
             tensor.copy_(value)
         raise

@@ -37,13 +37,9 @@ def float64_copy(model: nn.Module) -> nn.Module:
     """A copy of the model in float64; a ValueError says why there is none."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise ValueError(
-                f"model: {name} is not initialised yet; run one forward pass of the lazy model first"
-            )
+            raise ValueError(f"model: {name} is not initialised yet; run one forward pass of the lazy model first")
         if tensor.is_meta:
-            raise ValueError(
-                f"model: {name} is on the meta device and has no values; materialise the model first"
-            )
+            raise ValueError(f"model: {name} is on the meta device and has no values; materialise the model first")
     try:
         return copy.deepcopy(model).double()
     except Exception as error:
@@ -68,11 +64,12 @@ def make_exact(model: nn.Module, *, all_training: bool) -> None:
 
 @contextmanager
 def exact_conditions(seed: int, devices: set[torch.device]) -> Iterator[None]:
-    """Run what is inside with gradients, in float64, without autocast, from seeded generators.
+    """Run what is inside with gradients, in float64, without autocast or compilation, from seeded generators.
 
     The caller's contexts, default type and random states come back afterwards.
     """
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", *(device.type for device in devices)}:

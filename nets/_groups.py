@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from retract.manifolds import PSI
 
-__all__ = ["check_nonzero", "named_groups", "put_on_manifolds"]
+__all__ = ["check_nonzero", "check_plain", "named_groups", "put_on_manifolds"]
 
 
-def named_groups(
-    model: nn.Module, manifolds: Mapping[str, PSI], euclidean_lr: float | None
-) -> list[dict[str, Any]]:
+def named_groups(model: nn.Module, manifolds: Mapping[str, PSI], euclidean_lr: float | None) -> list[dict[str, Any]]:
     """One group per distinct manifold, then one with every other parameter (``euclidean_lr`` is its rate).
 
     Each parameter of the model is in one group, as a pair ``(name, parameter)``.
@@ -41,6 +39,15 @@ def put_on_manifolds(model: nn.Module, manifolds: Mapping[str, PSI]) -> None:
     The parameter object stays and changes its class, as torch does for lazy parameters; so shared weights
     stay shared, and an optimizer or a hook that holds the parameter holds the manifold parameter.
     """
+    check_plain(model, manifolds)
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, manifold in manifolds.items():
+        parameters[name].__class__ = geoopt.ManifoldParameter
+        parameters[name].manifold = manifold
+
+
+def check_plain(model: nn.Module, manifolds: Mapping[str, PSI]) -> None:
+    """Refuse parameters whose class has a meaning of its own."""
     parameters = dict(model.named_parameters())
     for name in manifolds:
         if type(parameters[name]) is not nn.Parameter:
@@ -48,10 +55,6 @@ def put_on_manifolds(model: nn.Module, manifolds: Mapping[str, PSI]) -> None:
                 f"parameter {name} is a {type(parameters[name]).__name__}; only a plain torch.nn.Parameter "
                 "can be put on a manifold in place: use the groups of scale_invariant_groups instead"
             )
-    for name, manifold in manifolds.items():
-        parameter: Any = parameters[name]
-        parameter.__class__ = geoopt.ManifoldParameter
-        parameter.manifold = manifold
 
 
 @torch.no_grad()

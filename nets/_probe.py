@@ -61,23 +61,20 @@ class Probe:
         with self._conditions(seed):
             outputs = [out for out in self._forward() if out.requires_grad]
             if not outputs:
-                raise ValueError(
-                    "model: no output depends on a parameter; return tensors that carry gradients"
-                )
+                raise ValueError("model: no output depends on a parameter; return tensors that carry gradients")
             generator = torch.Generator().manual_seed(seed)
-            scalar = sum(
-                ((out * _weights_like(out, generator)).sum() for out in outputs), outputs[0].new_zeros(())
-            )
+            scalar = sum(((out * _weights_like(out, generator)).sum() for out in outputs), outputs[0].new_zeros(()))
             values = torch.autograd.grad(scalar, [self.parameters[n] for n in names], allow_unused=True)
         found = zip(names, values, strict=True)
         return {name: g.to_dense() if g.is_sparse else g for name, g in found if g is not None}
 
     @torch.no_grad()
-    def randomize(self, seed: int) -> None:
+    def randomize(self, seed: int, *, signs: bool = False) -> None:
         """Move every parameter to a generic point near its start.
 
         Zero biases and gains, or equal ones, as at initialisation, hide what the network depends on: with a
-        zero shift even the gain of a BatchNorm passes for scale-invariant.
+        zero shift even the gain of a BatchNorm passes for scale-invariant. Random ``signs`` also bring dead
+        units back to life, but may leave the domain of a parametrization.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.parameters.items():
@@ -86,6 +83,8 @@ class Probe:
                 continue
             size = float(start.square().mean().sqrt()) or 1.0
             factor = 0.75 + 0.5 * torch.rand(start.shape, generator=generator, dtype=torch.float64)
+            if signs:
+                factor *= 2 * torch.randint(0, 2, start.shape, generator=generator) - 1
             shift = 0.1 * size * torch.randn(start.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(torch.where(start == 0, shift.to(start), start * factor.to(start)))
 
@@ -103,14 +102,10 @@ class Probe:
         try:
             result = self.model(*self.inputs)
         except Exception as error:
-            raise ValueError(
-                f"the model's forward pass failed on example_input in float64: {error}"
-            ) from error
+            raise ValueError(f"the model's forward pass failed on example_input in float64: {error}") from error
         tensors = list(float_tensors(result))
         if not tensors:
-            raise ValueError(
-                f"model: the forward pass returned no floating-point tensor but {type(result).__name__}"
-            )
+            raise ValueError(f"model: the forward pass returned no floating-point tensor but {type(result).__name__}")
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise ValueError("model: the outputs on example_input are not finite, so nothing can be measured")
         return tensors
@@ -195,6 +190,4 @@ def _weights_like(out: Tensor, generator: torch.Generator) -> Tensor:
 def _check_varies(inputs: object) -> None:
     tensors = list(float_tensors(inputs))
     if tensors and all(t.numel() == 0 or bool((t == t.flatten()[0]).all()) for t in tensors):
-        raise ValueError(
-            "example_input is constant, so nothing can be measured on it; give a batch of data or noise"
-        )
+        raise ValueError("example_input is constant, so nothing can be measured on it; give a batch of data or noise")

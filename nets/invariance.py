@@ -21,7 +21,7 @@ from retract.manifolds import PSI
 
 from ._candidates import Candidate, Layout, Moments, candidates, layouts
 from ._canonical import CANONICAL_NORM, canonicalize
-from ._groups import check_nonzero, named_groups, put_on_manifolds
+from ._groups import check_nonzero, check_plain, named_groups, put_on_manifolds
 from ._probe import Probe
 
 __all__ = ["Invariance", "find_scale_invariant", "register_scale_invariant", "scale_invariant_groups"]
@@ -36,7 +36,7 @@ _SIGNAL = 1e-11
 # Filters far weaker than the strongest of their weight are judged on its scale, not on their own rounding.
 _WEAK = 1e-6
 _OUTPUT = 1e-9
-_JOINTLY = {"filter": "jointly per filter", "group": "jointly per group", "whole": "jointly as a whole"}
+_GRANULARITY = {"filter": "per filter", "group": "per group", "whole": "as a whole"}
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Invariance:
 
     Attributes:
         kind: the finest rescaling that leaves the outputs as they are: of each ``"filter"``, of each
-        ``"group"``
-            of filters, of the ``"whole"`` weight, of weight and ``"bias"`` jointly, or ``"none"``.
+            ``"group"`` of filters, of the ``"whole"`` weight, of weight and ``"bias"`` jointly; or
+            ``"none"``.
         manifold: where the parameter lives, for the first three kinds.
         partner: the name of the bias, for kind ``"bias"``.
-        residual: largest |cos| between the scale groups of the weight and of its gradient, for ``"none"``
-        at the
-            finest rescaling. NaN where there was no gradient.
-        reason: why a parameter is ``"none"``, or at which granularity it is ``"bias"``.
+        residual: largest |cos| between the scale groups of the weight and of its gradient, for ``"none"`` at
+            the finest rescaling. NaN where there was no gradient.
+        reason: at which granularity it is ``"bias"``, or why it is ``"none"`` if not simply because rescaling
+            changes the outputs.
     """
 
     kind: Kind
@@ -72,8 +72,8 @@ def find_scale_invariant(model: nn.Module, *example_input: Any) -> dict[str, Inv
 
     Args:
         model: any network whose outputs are tensors, or mappings, sequences or dataclasses of them.
-        example_input: positional arguments of one forward pass: a small batch of data or noise, never
-        constant.
+        example_input: positional arguments of one forward pass: a small batch of data or noise, not
+            constant.
 
     Returns:
         One `Invariance` per name of ``model.named_parameters()``: shared parameters once, invariant only if
@@ -110,9 +110,10 @@ def scale_invariant_groups(
         model: the network to train.
         example_input: see `find_scale_invariant`.
         canonical: bring every scale group to the norm ``norm`` first, in place, and carry that through the
-        running
-            statistics so that eval outputs stay. ``False`` leaves the weights, of a pretrained network say,
-            alone.
+            running statistics so that eval outputs stay. ``False`` leaves the weights, of a pretrained
+            network say, alone. A BatchNorm that never ran holds placeholders (0, 1), which are carried like
+            any statistics; ``reset_running_stats()`` on it, afterwards, makes rescaled twins equal in eval
+            mode too.
         norm: that norm (see `retract.nets.CANONICAL_NORM` for the choice).
         euclidean_lr: learning rate of the last group, the optimizer's own if ``None``.
 
@@ -122,10 +123,12 @@ def scale_invariant_groups(
         group unless that manifold is the measured one.
 
     Raises:
-        ValueError: as `find_scale_invariant`; a filter of an invariant weight is zero; ``norm`` is not
-        positive.
+        TypeError, ValueError: as `find_scale_invariant`; a filter of an invariant weight is zero; ``norm`` is
+            not positive; the eval outputs cannot be kept.
     """
-    manifolds = _measured_manifolds(model, example_input, canonical, norm)
+    manifolds = _measured_manifolds(model, example_input)
+    if canonical:
+        canonicalize(model, example_input, manifolds, norm)
     return named_groups(model, manifolds, euclidean_lr)
 
 
@@ -134,23 +137,25 @@ def register_scale_invariant(
 ) -> nn.Module:
     """Make every scale-invariant parameter a `geoopt.ManifoldParameter` on its `PSI`, in place.
 
-    The parameters keep their identity: shared weights stay shared. An optimizer made before holds the same
-    parameters, but has read their manifolds already if it is one that groups by them: make optimizers after.
-    Of a parametrized weight the tensor behind it is registered, ``parametrizations.weight.original1`` of
-    a weight-normalised layer for example.
+    The parameters keep their identity: shared weights stay shared, and an optimizer made before holds the
+    same objects; but it may have looked for manifolds already, so make optimizers after. Of a parametrized
+    weight the tensor behind it is registered, ``parametrizations.weight.original1`` of a weight-normalised
+    layer for example.
 
-    Args and errors are those of `scale_invariant_groups`. Returns ``model``.
+    Args and errors are those of `scale_invariant_groups`, and a TypeError for a parameter of another class
+    than `torch.nn.Parameter`. Returns ``model``.
     """
-    manifolds = _measured_manifolds(model, example_input, canonical, norm)
+    manifolds = _measured_manifolds(model, example_input)
     parameters = dict(model.named_parameters())
-    plain = {n: m for n, m in manifolds.items() if not isinstance(parameters[n], geoopt.ManifoldParameter)}
-    put_on_manifolds(model, plain)
+    new = {n: m for n, m in manifolds.items() if not isinstance(parameters[n], geoopt.ManifoldParameter)}
+    check_plain(model, new)
+    if canonical:
+        canonicalize(model, example_input, manifolds, norm)
+    put_on_manifolds(model, new)
     return model
 
 
-def _measured_manifolds(
-    model: nn.Module, example_input: tuple[Any, ...], canonical: bool, norm: float
-) -> Mapping[str, PSI]:
+def _measured_manifolds(model: nn.Module, example_input: tuple[Any, ...]) -> dict[str, PSI]:
     found = find_scale_invariant(model, *example_input)
     parameters = dict(model.named_parameters())
     manifolds: dict[str, PSI] = {}
@@ -159,8 +164,6 @@ def _measured_manifolds(
         if invariance.manifold is not None and (present is None or str(present) == str(invariance.manifold)):
             manifolds[name] = invariance.manifold
     check_nonzero(model, manifolds)
-    if canonical:
-        canonicalize(model, example_input, manifolds, norm)
     return manifolds
 
 
@@ -172,9 +175,7 @@ class _Evidence:
         self._residuals: dict[Candidate, float] = {}
         self._reached = False
 
-    def add(
-        self, parameters: Mapping[str, Tensor], name: str, gradients: Mapping[str, Tensor], floor: float
-    ) -> None:
+    def add(self, parameters: Mapping[str, Tensor], name: str, gradients: Mapping[str, Tensor], floor: float) -> None:
         self._reached = True
         weight, gradient = parameters[name].detach(), gradients[name]
         if _strength(weight, gradient) <= floor:
@@ -200,11 +201,9 @@ class _Evidence:
             return Invariance("none", residual=worst, reason=self._why_none())
         residual = self._residuals[claim]
         if not confirmed:
-            return Invariance(
-                "none", residual=residual, reason="the gradient is orthogonal, yet rescaling is seen"
-            )
+            return Invariance("none", residual=residual, reason="the gradient is orthogonal, yet rescaling is seen")
         if claim.partner is not None:
-            return Invariance("bias", partner=claim.partner, residual=residual, reason=_JOINTLY[claim.kind])
+            return Invariance("bias", partner=claim.partner, residual=residual, reason=_GRANULARITY[claim.kind])
         return Invariance(claim.kind, claim.manifold, residual=residual)
 
     def _why_none(self) -> str:
@@ -212,7 +211,7 @@ class _Evidence:
             return "takes no part in the forward pass"
         if not self._residuals:
             return "its gradient is zero: nothing to train, or dead on this input"
-        return "rescaling changes the outputs"
+        return ""
 
 
 def _strength(weight: Tensor, gradient: Tensor) -> float:

@@ -26,13 +26,11 @@ class ManifoldOptimizer(torch.optim.Optimizer):
     Subclasses set `defaults`, override `check_group` and implement `step`.
     """
 
-    def __init__(
-        self, params: Params, defaults: dict[str, Any], *, euclidean_lr: float | None = None
-    ) -> None:
+    def __init__(self, params: Params, defaults: dict[str, Any], *, euclidean_lr: float | None = None) -> None:
         defaults = {**defaults, "manifold": None, "euclidean_lr": euclidean_lr}
         if euclidean_lr is not None:
             check_rate("euclidean_lr", euclidean_lr)
-        super().__init__(params, defaults)  # type: ignore[arg-type]  # torch asks for a list where it takes any iterable
+        super().__init__(params, defaults)
 
     # ------------------------------------------------------------------------------------------- param groups
 
@@ -121,7 +119,8 @@ def describe(manifold: Any) -> dict[str, Any] | None:
     if manifold is None:
         return None
     arguments = getattr(manifold, "arguments", None)
-    name = type(manifold).__name__ if arguments is not None else str(manifold)
+    nameless = " object at 0x" in str(manifold)  # Python's own text, different in every process
+    name = type(manifold).__name__ if arguments is not None or nameless else str(manifold)
     return {"name": name, "arguments": dict(arguments or {})}
 
 
@@ -138,8 +137,15 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
 
 
 def plain(x: Tensor) -> Tensor:
-    """Past a tensor subclass (geoopt's ManifoldParameter), whose dispatch can cost more than arithmetic."""
-    return x if type(x) in (Tensor, torch.nn.Parameter) else x.as_subclass(Tensor)
+    """Past a subclass: geoopt's, whose dispatch can cost more than arithmetic, or a shard's, to its own part."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return x
+    return x.to_local() if is_sharded(x) else x.as_subclass(Tensor)
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor (FSDP2, tensor parallelism): this process holds a part, or a replica."""
+    return hasattr(x, "to_local")
 
 
 def check_rate(argument: str, value: Any) -> None:

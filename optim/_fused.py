@@ -63,9 +63,7 @@ def _compiler() -> list[str]:
         return named.split()
     found = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
     if found is None:
-        raise RuntimeError(
-            "fused=True needs a C compiler (cc, gcc, clang, or the one that CC names); use fused=False"
-        )
+        raise RuntimeError("fused=True needs a C compiler (cc, gcc, clang, or the one that CC names); use fused=False")
     return [found]
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._base import parameter_name, plain
+from ._base import parameter_name
 
 __all__ = ["Factors", "Point", "check_on_manifold", "is_factored", "points"]
 
@@ -22,23 +22,19 @@ class Point:
     """A point and its Euclidean gradient, as tuples of factors: of one, unless the manifold is ``factored``.
 
     A manifold's verbs take and return bare tensors, a factored manifold's take tuples; here all are tuples.
-    ``parameters`` are the keys of the optimizer's state, ``x`` and ``egrad`` the same memory as plain
-    tensors.
+    ``x`` are the parameters themselves, keys of the optimizer's state, and ``egrad`` their ``grad``.
     """
 
     manifold: Any
-    parameters: Factors
     x: Factors
     egrad: Factors
 
     @cached_property
     def rgrad(self) -> Factors:
         """Riemannian gradient; off every manifold the Euclidean one itself."""
-        return (
-            self.egrad
-            if self.manifold is None
-            else self._factors(self._call("egrad2rgrad", self.x, self.egrad))
-        )
+        if self.manifold is None:
+            return self.egrad
+        return self._factors(self._call("egrad2rgrad", self.x, self.egrad))
 
     def proju(self, u: Factors) -> Factors:
         """Project onto the tangent space."""
@@ -88,10 +84,10 @@ def points(group: dict[str, Any]) -> Iterator[Point]:
         for i in members:
             if parameters[i].grad is not None and parameters[i].grad.layout != torch.strided:
                 raise TypeError(f"{parameter_name(group, i)} has a sparse gradient; this needs dense ones")
-        x = tuple(plain(parameters[i]) for i in members)
+        x = tuple(parameters[i] for i in members)
         grads = (parameters[i].grad for i in members)
-        egrad = tuple(torch.zeros_like(w) if g is None else plain(g) for w, g in zip(x, grads, strict=True))
-        yield Point(manifold, tuple(parameters[i] for i in members), x, egrad)
+        egrad = tuple(torch.zeros_like(w) if g is None else g for w, g in zip(x, grads, strict=True))
+        yield Point(manifold, x, egrad)
 
 
 def is_factored(manifold: Any) -> bool:
@@ -109,7 +105,7 @@ def check_on_manifold(group: dict[str, Any]) -> None:
     if manifold is None or any(p.is_meta for p in parameters):
         return
     atol = max(1e-5, max(torch.finfo(p.dtype).eps for p in parameters) ** 0.5)
-    weights = tuple(plain(p.detach()) for p in parameters)
+    weights = tuple(p.detach() for p in parameters)
     for index, point in [(0, weights)] if is_factored(manifold) else enumerate(weights):
         ok, reason = manifold.check_point_on_manifold(point, explain=True, atol=atol)
         if not ok:

@@ -44,12 +44,14 @@ class ScaleBlock:
 
     def norm(self, x: Tensor) -> Tensor:
         """Euclidean norm per scale group."""
-        return torch.linalg.vector_norm(x, dim=self.dims, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=self.dims, keepdim=True)
+        return norm
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Inner product per scale group."""
         if self.dims == (1,):
-            return torch.linalg.vecdot(x, y, dim=1).unsqueeze(1)
+            product: Tensor = torch.linalg.vecdot(x, y, dim=1)
+            return product.unsqueeze(1)
         return (x * y).sum(self.dims, keepdim=True)
 
     def radius(self) -> Tensor:
@@ -77,16 +79,14 @@ class ScaledParameter:
     def block(self) -> ScaleBlock:
         """Views on this parameter: a (scale groups, entries) matrix where its memory allows one."""
         rows = row_shape(self.manifold, self.weight.shape)
-        tensors = (self.weight, self.momentum)
-        if rows is not None and all(x is None or x.is_contiguous() for x in tensors):
-            weight, momentum = (None if x is None else x.view(rows) for x in tensors)
-            grad, dims = self.grad.reshape(rows), (1,)
+        momentum, dims = self.momentum, (1,)
+        if rows is not None and self.weight.is_contiguous() and (momentum is None or momentum.is_contiguous()):
+            weight, grad = self.weight.view(rows), self.grad.reshape(rows)
+            momentum = None if momentum is None else momentum.view(rows)
         else:
             weight, dims = self.manifold.scale_view(self.weight)
-            grad, momentum = (
-                None if x is None else self.manifold.scale_view(x)[0] for x in (self.grad, self.momentum)
-            )
-        assert weight is not None
+            grad, _ = self.manifold.scale_view(self.grad)
+            momentum = None if momentum is None else self.manifold.scale_view(momentum)[0]
         keepdim = [1 if i in dims else size for i, size in enumerate(weight.shape)]
         carry, square = (None if x is None else x.view(keepdim) for x in (self.carry, self.square))
         return ScaleBlock(weight, grad, momentum, carry, square, dims)
@@ -130,9 +130,7 @@ def scale_blocks(parameters: Sequence[ScaledParameter], *, stack: bool) -> Itera
 def _cut(block: ScaleBlock, rows: int) -> Iterator[ScaleBlock]:
     for start in range(0, block.weight.shape[0], rows):
         part = slice(start, start + rows)
-        momentum, carry, square = (
-            None if x is None else x[part] for x in (block.momentum, block.carry, block.square)
-        )
+        momentum, carry, square = (None if x is None else x[part] for x in (block.momentum, block.carry, block.square))
         yield ScaleBlock(block.weight[part], block.grad[part], momentum, carry, square, block.dims)
 
 
@@ -143,11 +141,11 @@ def _stacked(members: list[ScaleBlock]) -> Iterator[ScaleBlock]:
         return
     grad = torch.cat([b.grad for b in members])
     columns = list(zip(*((b.weight, b.momentum, b.carry, b.square) for b in members), strict=True))
-    weight, *state = (None if column[0] is None else torch.cat(column) for column in columns)
+    weight, momentum, carry, square = (None if column[0] is None else torch.cat(column) for column in columns)
     assert weight is not None
-    yield from _in_float32([ScaleBlock(weight, grad, *state, (1,))])
+    yield from _in_float32([ScaleBlock(weight, grad, momentum, carry, square, (1,))])
     sizes = [b.weight.shape[0] for b in members]
-    for whole, parts in zip((weight, *state), columns, strict=True):
+    for whole, parts in zip((weight, momentum, carry, square), columns, strict=True):
         if whole is not None:
             torch._foreach_copy_(list(parts), list(whole.split(sizes)))
 

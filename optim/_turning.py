@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import Closure, ManifoldOptimizer, Params, check_range, parameter_name, plain
+from ._base import Closure, ManifoldOptimizer, Params, check_range, is_sharded, parameter_name, plain
 from ._scale import ScaledParameter
 
 __all__ = ["TurningOptimizer", "check_scale_group", "require_scale_groups"]
@@ -22,14 +22,12 @@ class TurningOptimizer(ManifoldOptimizer):
     the weight, and ``carry`` and ``square``, one number per scale group.
     """
 
-    def __init__(
-        self, params: Params, defaults: dict[str, Any], *, euclidean_lr: float | None = None
-    ) -> None:
+    def __init__(self, params: Params, defaults: dict[str, Any], *, euclidean_lr: float | None = None) -> None:
         super().__init__(params, defaults, euclidean_lr=euclidean_lr)
         require_scale_groups(self)
 
     def turn(self, group: dict[str, Any], *, check_finite: bool) -> None:
-        """Step the weights of one group on its manifold; FloatingPointError if asked to look and one is not finite."""
+        """Step one group on its manifold; FloatingPointError if asked to look and a step is not finite."""
         raise NotImplementedError
 
     def momentum_of(self, group: dict[str, Any]) -> float:
@@ -43,14 +41,14 @@ class TurningOptimizer(ManifoldOptimizer):
         check_scale_group(group)
         if group["manifold"] is not None and group["weight_decay"]:
             warnings.warn(
-                "weight_decay is ignored on scale-invariant weights, where it could only change their norm, which stays "
-                "fixed; it acts on the other parameters. weight_decay=0 in the groups with a manifold silences this.",
+                "weight_decay is ignored on scale-invariant weights, where it could only change their norm, which "
+                "stays fixed; it acts on the others. weight_decay=0 in the groups with a manifold silences this.",
                 stacklevel=6,
             )
             group["weight_decay"] = 0
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step. ``closure``, if given, recomputes the loss with gradients on; the loss is returned.
 
         Raises:
@@ -85,19 +83,37 @@ class TurningOptimizer(ManifoldOptimizer):
             weight, state = plain(p), self.state[p]
             fresh = any(name not in state for name in state_names)
             if fresh:
-                state.update(_initial_state(weight, group["manifold"], state_names))
-            stored = [state[name] for name in state_names]
+                state.update(_initial_state(p, weight, group["manifold"], state_names))
+            stored = [plain(state[name]) for name in state_names]
             parameters.append(ScaledParameter(weight, plain(p.grad), group["manifold"], fresh, *stored))
         return parameters
 
 
 def check_scale_group(group: dict[str, Any]) -> None:
     """Refuse a manifold whose points are not made of scale groups."""
-    if group["manifold"] is not None and not hasattr(group["manifold"], "scale_view"):
+    manifold = group["manifold"]
+    if manifold is None:
+        return
+    if not hasattr(manifold, "scale_view"):
         raise ValueError(
             "this optimizer takes scale-invariant weights (on retract.manifolds.PSI), got a group on "
-            f"{group['manifold']}; retract.optim.RiemannianSGD takes any manifold"
+            f"{manifold}; retract.optim.RiemannianSGD takes any manifold"
         )
+    for index, p in enumerate(group["params"]):
+        if is_sharded(p) and any(_splits(manifold, p.shape, place.dim) for place in p.placements if place.is_shard()):
+            raise ValueError(
+                f"{parameter_name(group, index)} is sharded across its scale groups ({p.placements}); on {manifold} "
+                "every process must hold whole scale groups: shard the filters' dimension"
+            )
+
+
+def _splits(manifold: Any, shape: Sequence[int], dim: int) -> bool:
+    """Whether cutting a weight along ``dim`` cuts scale groups: then twice the slices are not twice the groups."""
+    one, two = ([size if i == dim else s for i, s in enumerate(shape)] for size in (1, 2))
+    try:
+        return bool(manifold.num_scales(two) != 2 * manifold.num_scales(one))
+    except ValueError:
+        return True
 
 
 def require_scale_groups(optimizer: ManifoldOptimizer) -> None:
@@ -111,11 +127,12 @@ def require_scale_groups(optimizer: ManifoldOptimizer) -> None:
         )
 
 
-def _initial_state(weight: Tensor, manifold: Any, names: Sequence[str]) -> dict[str, Tensor]:
+def _initial_state(p: Tensor, weight: Tensor, manifold: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Zeros: a buffer sharded as its parameter is, and numbers for the scale groups that are here."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     count = manifold.num_scales(weight.shape)
     return {
-        name: torch.zeros_like(weight)
+        name: torch.zeros_like(p if is_sharded(p) else weight)
         if name == "momentum_buffer"
         else torch.zeros(count, dtype=dtype, device=weight.device)
         for name in names
@@ -135,9 +152,7 @@ def _nonfinite(group: dict[str, Any]) -> FloatingPointError:
         bad = (~torch.isfinite(view)).sum(dims).flatten()
         return FloatingPointError(
             f"the gradient of {parameter_name(group, index)} is not finite in scale groups "
-            f"{bad.nonzero().flatten().tolist()[:8]} of {bad.numel()}; its weight was not moved, but parameters before it "
-            "may have been: go back to a checkpoint"
+            f"{bad.nonzero().flatten().tolist()[:8]} of {bad.numel()}; its weight was not moved, but parameters "
+            "before it may have been: go back to a checkpoint"
         )
-    return FloatingPointError(
-        "a step on scale-invariant weights overflowed: weights or momentum are out of range"
-    )
+    return FloatingPointError("a step on scale-invariant weights overflowed: weights or momentum are out of range")

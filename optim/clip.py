@@ -56,9 +56,7 @@ def clip_grad_norm_(
         grads.extend(point.egrad)
     total = _root_of_sum(squares)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
-        raise RuntimeError(
-            f"the total norm of the gradients is {float(total)}; gradients were left as they are"
-        )
+        raise RuntimeError(f"the total norm of the gradients is {float(total)}; gradients were left as they are")
     if max_norm < math.inf:
         coefficient = (max_norm / total).clamp(max=1)
         for g in grads:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import _fused
-from ._base import Params, check_range
+from ._base import Params, check_sgd_options
 from ._scale import ScaleBlock, ScaledParameter, scale_blocks
 from ._turning import TurningOptimizer
 
-__all__ = ["TRANSPORTS", "PSISGD", "psisgd"]
+__all__ = ["PSISGD", "TRANSPORTS", "psisgd"]
 
 TRANSPORTS = ("parallel", "projection", "horizontal", "paper")
 
@@ -54,9 +54,9 @@ class PSISGD(TurningOptimizer):
         fused: True steps all weights in one pass over memory, by a small C kernel that is compiled at first use (CPU,
             float32 and float64; needs a C compiler). With neither given: the kernel if it can be had, else foreach.
         transport: how momentum follows the weight. ``"parallel"``: along the geodesic, length kept.
-            ``"projection"``: made tangent at the new point (geoopt's Sphere). ``"horizontal"``: the same at free norm, where
-            it also shrinks by the growth of the norm. ``"paper"``: Algorithm 1 to the letter, buffer untouched at
-            free norm; its radial part is kept.
+            ``"projection"``: made tangent at the new point (geoopt's Sphere). ``"horizontal"``: the same at free
+            norm, where it also shrinks by the growth of the norm. ``"paper"``: Algorithm 1 to the letter, buffer
+            untouched at free norm; its radial part is kept.
         euclidean_lr: learning rate of groups without a manifold that do not bring their own; default ``lr``.
         check_finite: raise FloatingPointError, naming the parameter, before a gradient that is NaN or infinite
             moves its weight. ``None``: on the CPU, where looking costs no synchronisation. Weights earlier in the
@@ -101,11 +101,7 @@ class PSISGD(TurningOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuse options out of range and weights without scale groups."""
         super().check_group(group)
-        check_range("momentum", group["momentum"], 0)
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
-        if group["fused"] and group["foreach"]:
-            raise ValueError("fused=True and foreach=True exclude each other")
+        check_sgd_options(group)
         if group["transport"] not in TRANSPORTS:
             raise ValueError(f"transport must be one of {TRANSPORTS}, got {group['transport']!r}")
 

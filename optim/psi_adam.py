@@ -96,9 +96,7 @@ class PSIAdam(TurningOptimizer):
         parameters = self.scaled_parameters(group, ("momentum_buffer", "carry", "square"))
         ages: dict[int, list[ScaledParameter]] = defaultdict(list)
         for p, parameter in zip(moved, parameters, strict=True):
-            age = self.state[p].setdefault(
-                "step", torch.zeros(())
-            )  # on the CPU: reading it synchronises nothing
+            age = self.state[p].setdefault("step", torch.zeros(()))  # on the CPU: reading it synchronises nothing
             age += 1
             ages[int(age)].append(parameter)
         return ages

@@ -104,7 +104,7 @@ def _turn_block(block: ScaleBlock, angle: float, momentum: float, check_finite: 
     # What is left of a gradient along the weight, a filter of one entry's say, is rounding: no direction to turn in.
     noise = 8 * torch.finfo(buffer.dtype).eps * block.norm(block.grad)
     turns = (signal > noise) & (length > 0) & (radius > tiny)
-    cosine = torch.where(turns, math.cos(angle), 1.0).to(radius.dtype)
-    sine = torch.where(turns, math.sin(angle) * radius / length.clamp_min(tiny), 0.0)
+    angles = turns.to(radius.dtype) * angle
+    cosine, sine = angles.cos(), angles.sin_().mul_(radius).div_(length.clamp_min_(tiny))
     block.weight.mul_(cosine).addcmul_(buffer, sine.neg_())
     torch.reciprocal(cosine, out=block.carry)

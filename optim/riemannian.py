@@ -28,8 +28,9 @@ class RiemannianSGD(ManifoldOptimizer):
 
     Manifolds are known by these verbs alone: ours, geoopt's and your own will do. A manifold with the
     attribute ``factored = True`` has points of several tensors: the parameters of its group, in order, are
-    the factors of *one* point, and its verbs take and return tuples. Groups without a manifold are stepped by
-    torch.optim.SGD's own functions, bit for bit.
+    the factors of *one* point, and its verbs take and return tuples. Give your own manifold ``arguments``, a
+    dict of plain values: with the name of its class, state dicts hold it. Groups without a manifold are
+    stepped by torch.optim.SGD's own functions, bit for bit.
 
     Nesterov: torch keeps the look-ahead point y = x - lr mu b and moves it by h + mu b, both taken at y. On a
     manifold both are tangent at y too, so their sum is one retraction. It replaces two (by the gradient to
@@ -131,7 +132,7 @@ class RiemannianSGD(ManifoldOptimizer):
         A lazy manifold (``projects_linearly``: its egrad2rgrad and its transport are one linear projection)
         leaves the transport of the last step to this one's projection: mu transp(b) + grad = proju(mu b + g).
         """
-        states = [self.state[p] for p in point.parameters]
+        states = [self.state[w] for w in point.x]
         if "momentum_buffer" not in states[0]:
             for state, w, h in zip(states, point.x, point.rgrad, strict=True):
                 state["momentum_buffer"] = torch.empty_like(w).copy_(h)

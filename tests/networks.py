@@ -55,9 +55,7 @@ def invariant_net(
     return model, groups, batch.to(dtype), target.to(dtype)
 
 
-def rescale(
-    model: nn.Sequential, seed: int, span: float, *, powers_of_two: bool = False
-) -> dict[str, Tensor]:
+def rescale(model: nn.Sequential, seed: int, span: float, *, powers_of_two: bool = False) -> dict[str, Tensor]:
     """Multiply every filter by its own 10^U(-span, span), in place, and with it the running statistics.
 
     Args:
@@ -100,6 +98,5 @@ def _weights(model: nn.Sequential) -> list[tuple[nn.Parameter, PSI, Any]]:
     layers = list(model)
     pairs = [(a, b) for a, b in pairwise(layers) if isinstance(b, nn.BatchNorm1d | nn.BatchNorm2d)]
     return [
-        (a.weight, PSI(1, conv_groups=a.groups) if isinstance(a, nn.ConvTranspose2d) else PSI(), b)
-        for a, b in pairs
+        (a.weight, PSI(1, conv_groups=a.groups) if isinstance(a, nn.ConvTranspose2d) else PSI(), b) for a, b in pairs
     ]

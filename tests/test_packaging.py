@@ -52,9 +52,7 @@ def distributions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def test_every_folder_with_python_files_is_a_listed_package() -> None:
-    folders = {
-        Path(name).parent.as_posix().replace("/", ".") for name in shipped_files() if name.endswith(".py")
-    }
+    folders = {Path(name).parent.as_posix().replace("/", ".") for name in shipped_files() if name.endswith(".py")}
     assert folders == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
@@ -93,22 +91,14 @@ for name in {TOP_PACKAGES!r}:
 def test_install(kind: str, source: Path, distributions: dict[str, Path], tmp_path: Path) -> None:
     """Each kind of install, into an environment of its own that borrows this one's dependencies."""
     python = borrowing_environment(tmp_path / "venv")
-    what = {"wheel": [distributions["wheel"]], "sdist": [distributions["sdist"]], "plain": [source]}.get(
-        kind, ["--editable", source]
-    )
-    strict = ["--config-settings", "editable_mode=strict"] if kind == "editable-strict" else []
-    run(
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--ignore-installed",
-        "--no-build-isolation",
-        *strict,
-        *what,
-        cwd=tmp_path,
-    )
+    options = {
+        "wheel": [distributions["wheel"]],
+        "sdist": [distributions["sdist"]],
+        "plain": [source],
+        "editable": ["--editable", source],
+        "editable-strict": ["--config-settings", "editable_mode=strict", "--editable", source],
+    }
+    pip_install(python, *options[kind])
     home = source if kind.startswith("editable") else tmp_path
     run(python, "-c", CHECK, home, cwd=tmp_path)
     assert "demo" in run(python.with_name("retract"), "--help", cwd=tmp_path)
@@ -121,3 +111,22 @@ def borrowing_environment(folder: Path) -> Path:
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (own / "borrowed.pth").write_text("".join(f"{path}\n" for path in borrowed))
     return folder / "bin" / "python"
+
+
+def pip_install(python: Path, *what: str | Path) -> None:
+    """Install ``what`` with the dependencies and the build tools that are there: nothing is downloaded."""
+    options = ("--no-deps", "--ignore-installed", "--no-build-isolation")
+    run(python, "-m", "pip", "install", *options, *what, cwd=python.parent)
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_the_types(source: Path, tmp_path: Path) -> None:
+    """What py.typed promises: a user's mypy reads our annotations from an ordinary install."""
+    python = borrowing_environment(tmp_path / "venv")
+    pip_install(python, source)
+    (tmp_path / "user.py").write_text("from retract.manifolds import PSI\nwrong: str = PSI().num_scales((3, 3))\n")
+    command = [sys.executable, "-m", "mypy", "--python-executable", str(python), "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert 'expression has type "int", variable has type "str"' in done.stdout
+    assert done.stdout.count("error:") == 1

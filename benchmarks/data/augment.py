@@ -31,9 +31,7 @@ def pad_crop_flip(
     if padding < 0:
         raise ValueError(f"padding must be at least 0 pixels, got {padding}")
     n, channels, height, width = images.shape
-    shift = torch.randint(2 * padding + 1, (2, n, 1), generator=generator).to(
-        images.device, non_blocking=True
-    )
+    shift = torch.randint(2 * padding + 1, (2, n, 1), generator=generator).to(images.device, non_blocking=True)
     mirrored = torch.rand(n, 1, generator=generator).to(images.device, non_blocking=True) < 0.5
 
     rows = torch.arange(height, device=images.device) + shift[0]

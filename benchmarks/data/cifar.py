@@ -34,9 +34,7 @@ def read(source: Path) -> Dataset:
     """CIFAR-10 from the six batches of one form in a folder or archive; binary batches go first when both are
     there.
     """
-    files = {
-        path.name: (member_label(source, path), content) for path, content in read_members(source, wanted)
-    }
+    files = {path.name: (member_label(source, path), content) for path, content in read_members(source, wanted)}
     suffix = ".bin" if any(name.endswith(".bin") for name in files) else ""
     if missing := [batch + suffix for batch in BATCHES if batch + suffix not in files]:
         raise DataError(f"{source} holds a part of CIFAR-10; missing: {', '.join(missing)}")
@@ -49,9 +47,7 @@ def read(source: Path) -> Dataset:
 def parse_binary(content: bytes, file: str) -> tuple[Tensor, Tensor]:
     """Images (N, 3, 32, 32) and labels (N,) of a binary batch; ``file`` is its name in error messages."""
     if not content or len(content) % (1 + PIXELS):
-        raise DataError(
-            f"{file} is damaged or truncated: {len(content)} bytes are not records of {1 + PIXELS} bytes"
-        )
+        raise DataError(f"{file} is damaged or truncated: {len(content)} bytes are not records of {1 + PIXELS} bytes")
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 1 + PIXELS)
     images = records[:, 1:].reshape(-1, *SHAPE)
     return images, _check_labels(records[:, 0].long(), file)

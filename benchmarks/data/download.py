@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .dataset import DataError
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
 __all__ = ["OFFICIAL", "RemoteFile", "cache_folder", "download"]
+
+
+CHUNK = 2**17  # bytes at a time
+TIMEOUT = 30  # seconds without an answer
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,40 @@ def download(name: str, advice: str) -> Path:
     return folder
 
 
+class _Bar:
+    """What pooch asks of a progress bar, drawn by rich."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.total: int | None = None
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def update(self, size: int) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task("", total=self.total)
+        self._progress.update(self._task, advance=size)
+
+    def reset(self) -> None:
+        if self._task is not None:
+            self._progress.reset(self._task)
+
+    def close(self) -> None:
+        pass
+
+
 def _retrieve(file: RemoteFile, address: str, folder: Path) -> str | None:
     """Why the file could not be had from this address; None when it was."""
     import pooch
     from requests.exceptions import RequestException
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+    columns = (TextColumn(file.name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    url, checksum = address + file.name, f"md5:{file.md5}"
     try:
-        pooch.retrieve(address + file.name, f"md5:{file.md5}", fname=file.name, path=folder)
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            downloader = pooch.HTTPDownloader(progressbar=_Bar(progress), chunk_size=CHUNK, timeout=TIMEOUT)
+            pooch.retrieve(url, checksum, fname=file.name, path=folder, downloader=downloader)
     except RequestException as error:
         return f"{address} cannot be reached ({type(error).__name__})"
     except ValueError:

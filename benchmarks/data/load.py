@@ -114,6 +114,4 @@ def _sources(name: str, place: Path) -> Iterator[Path]:
 def _advice(name: str, place: Path | None) -> str:
     where = "a folder named by --data-dir" if place is None else f"{place}, which holds none of {name} yet"
     files = "\n".join(f"  {file.addresses[0]}{file.name}" for file in OFFICIAL[name])
-    return (
-        f"Put these files into {where}:\n{files}\nor images by class: train/<class>/*.png, test/<class>/*.png"
-    )
+    return f"Put these files into {where}:\n{files}\nor images by class: train/<class>/*.png, test/<class>/*.png"

@@ -32,14 +32,9 @@ def _official(path: PurePosixPath) -> str:
 
 def read(source: Path) -> Dataset:
     """MNIST from the four IDX files in a folder or archive."""
-    files = {
-        _official(path): (member_label(source, path), content)
-        for path, content in read_members(source, wanted)
-    }
+    files = {_official(path): (member_label(source, path), content) for path, content in read_members(source, wanted)}
     if missing := [name for name in FILES if name not in files]:
-        raise DataError(
-            f"{source} holds a part of MNIST; missing: {', '.join(missing)} (or the same with .gz)"
-        )
+        raise DataError(f"{source} holds a part of MNIST; missing: {', '.join(missing)} (or the same with .gz)")
     return make_dataset("mnist", _read_part(files, "train"), _read_part(files, "t10k"), CLASSES)
 
 
@@ -49,13 +44,9 @@ def _read_part(files: Mapping[str, tuple[str, bytes]], part: str) -> tuple[Tenso
     label_file, content = files[f"{part}-labels-idx1-ubyte"]
     labels = parse_idx(content, label_file, dimensions=1)
     if len(images) != len(labels):
-        raise DataError(
-            f"{image_file} holds {len(images)} images, but {label_file} holds {len(labels)} labels"
-        )
+        raise DataError(f"{image_file} holds {len(images)} images, but {label_file} holds {len(labels)} labels")
     if labels.max() >= len(CLASSES):
-        raise DataError(
-            f"{label_file} holds the label {labels.max().item()}, outside 0 to {len(CLASSES) - 1}"
-        )
+        raise DataError(f"{label_file} holds the label {labels.max().item()}, outside 0 to {len(CLASSES) - 1}")
     return images.unsqueeze(1), labels.long()
 
 

@@ -96,6 +96,4 @@ def load_plain(content: bytes) -> Any:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged opcodes raise nearly every built-in exception
-        raise pickle.UnpicklingError(
-            f"it is damaged or truncated ({type(error).__name__}: {error})"
-        ) from error
+        raise pickle.UnpicklingError(f"it is damaged or truncated ({type(error).__name__}: {error})") from error

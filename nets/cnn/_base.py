@@ -46,18 +46,14 @@ class ConvBN(nn.Sequential):
 
     scale_invariant: ClassVar[tuple[str, ...]] = ("0",)
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int | None = None
-    ):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int | None = None):
         super().__init__(
             conv(in_channels, out_channels, kernel, stride, padding),
             nn.BatchNorm2d(out_channels),
         )
 
 
-def conv(
-    in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int | None = None
-) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int | None = None) -> nn.Conv2d:
     """Convolution without bias, padded to keep the size at stride 1 unless said otherwise."""
     padding = kernel // 2 if padding is None else padding
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)

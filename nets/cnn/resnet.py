@@ -74,7 +74,7 @@ class ResNet(ZooModel):
         num_classes: outputs.
         in_channels: channels of the input.
         stem: ``"imagenet"``, a 7x7 convolution of stride 2 and max pooling, or ``"cifar"``, one 3x3
-        convolution.
+            convolution.
     """
 
     scale_invariant: ClassVar[tuple[str, ...]] = ("conv1",)
@@ -123,22 +123,16 @@ def _stage(
     return nn.Sequential(first, *(block(channels * block.expansion, channels, 1) for _ in range(depth - 1)))
 
 
-def resnet18(
-    num_classes: int = 10, in_channels: int = 3, manifold: Manifold = None, *, stem: Stem = "cifar"
-) -> ResNet:
+def resnet18(num_classes: int = 10, in_channels: int = 3, manifold: Manifold = None, *, stem: Stem = "cifar") -> ResNet:
     """ResNet-18: 11,173,962 parameters; with the ImageNet stem and 1000 classes 11,689,512."""
     return on_manifold(ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, stem), manifold)
 
 
-def resnet34(
-    num_classes: int = 10, in_channels: int = 3, manifold: Manifold = None, *, stem: Stem = "cifar"
-) -> ResNet:
+def resnet34(num_classes: int = 10, in_channels: int = 3, manifold: Manifold = None, *, stem: Stem = "cifar") -> ResNet:
     """ResNet-34: 21,282,122 parameters; with the ImageNet stem and 1000 classes 21,797,672."""
     return on_manifold(ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, stem), manifold)
 
 
-def resnet50(
-    num_classes: int = 10, in_channels: int = 3, manifold: Manifold = None, *, stem: Stem = "cifar"
-) -> ResNet:
+def resnet50(num_classes: int = 10, in_channels: int = 3, manifold: Manifold = None, *, stem: Stem = "cifar") -> ResNet:
     """ResNet-50: 23,520,842 parameters; with the ImageNet stem and 1000 classes 25,557,032."""
     return on_manifold(ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, stem), manifold)

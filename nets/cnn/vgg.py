@@ -24,9 +24,7 @@ class VGG(ZooModel):
         in_channels: channels of the input.
     """
 
-    def __init__(
-        self, stages: tuple[tuple[int, ...], ...], num_classes: int = 10, in_channels: int = 3
-    ) -> None:
+    def __init__(self, stages: tuple[tuple[int, ...], ...], num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for stage in stages:

@@ -78,9 +78,7 @@ class WideResNet(ZooModel):
 
 def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     first = PreActivationBlock(in_channels, out_channels, stride)
-    return nn.Sequential(
-        first, *(PreActivationBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
-    )
+    return nn.Sequential(first, *(PreActivationBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
 def wrn16_4(num_classes: int = 10, in_channels: int = 3, manifold: Manifold = None) -> WideResNet:

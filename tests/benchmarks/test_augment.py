@@ -47,7 +47,9 @@ def test_a_generator_decides_everything():
 
 
 def test_every_shift_and_both_mirror_images_occur_equally_often():
-    """A single bright pixel in the middle of 3x3: where it ends up counts shifts; a corner pixel counts mirrors."""
+    """A single bright pixel in the middle of 3x3: where it ends up counts shifts; a corner pixel counts
+    mirrors.
+    """
     n = 18000
     images = torch.zeros(n, 1, 3, 3)
     images[:, :, 1, 1] = 1

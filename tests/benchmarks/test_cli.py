@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 SMALL = ("train", "--subset", "100", "--batch-size", "20", "--epochs", "2", "--threads", "1")
 
 
-# ---------------------------------------------------------------------------------------------------------- help
+# ------------------------------------------------------------------------------------------------------- help
 
 
 def test_help_lists_the_commands():
@@ -75,14 +76,17 @@ def test_the_help_of_train_is_enough():
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from retract.benchmarks.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    code = (
+        "import sys; from retract.benchmarks.cli import app; "
+        "app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"
 
 
 def test_train_options_import_nothing_heavy():
     """`retract train --help` and its mistakes are answered before torch is imported."""
-    tree = ast.parse(open(train.__file__).read())
+    tree = ast.parse(Path(train.__file__).read_text())
     imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert imported <= {"__future__", "dataclasses", "pathlib", "typing"}
 
@@ -91,7 +95,7 @@ def test_version():
     assert invoke("--version") == (0, f"retract {version('retract')}")
 
 
-# ---------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------- runs
 
 
 def test_a_small_run(tmp_path):
@@ -153,7 +157,7 @@ def test_images_of_another_size():
     assert invoke(*SMALL, "--model", "resnet20", "--image-size", "12", "--epochs", "1")[0] == 0
 
 
-# -------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -169,8 +173,11 @@ def test_images_of_another_size():
         (["--subset", "5"], "subset must be from 10"),
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
-        (["--data", "mnist", "--data-dir", "nowhere"], "there is no folder or archive nowhere"),
-        (["--model", "mnist_convnet"], "needs scale-invariant weights, and MnistConvNet has none"),
+        (["--data", "mnist", "--data-dir", "nowhere"], "there is no folder or archive /"),
+        (
+            ["--model", "mnist_convnet", "--image-size", "28"],
+            "needs scale-invariant weights, and MnistConvNet has none",
+        ),
         (["--model", "vgg16_bn"], "vgg16_bn cannot take images of 8x8 pixels: try --image-size 32"),
         (["--resume", "nowhere"], "nowhere holds no run: there is no nowhere/config.json"),
         (["--resume", "nowhere", "--overwrite"], "leave out --out and --overwrite"),
@@ -198,7 +205,7 @@ def test_wrong_usage_is_explained():
     assert invoke("trian")[0] == 2
     assert "Did you mean 'train'?" in invoke("trian")[1]
     assert "No such option" in invoke("train", "--learning-rate", "1")[1]
-    assert "is not in the range x>=1" in invoke("train", "--epochs", "0")[1]
+    assert "Invalid value for '--epochs'" in invoke("train", "--epochs", "0")[1]
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -215,7 +222,7 @@ def test_a_missing_package_is_named(monkeypatch):
         (["--lr", "0.2"], "was run with lr = 0.1, not 0.2: a resumed run keeps its options"),
         (["--no-canonical"], "was run with canonical = True, not False"),
         (["--seed", "1"], "was run with seed = 0, not 1"),
-        (["--data-dir", "nowhere"], "there is no folder or archive nowhere"),
+        (["--data-dir", "nowhere"], "there is no folder or archive /"),
     ],
 )
 def test_a_resumed_run_keeps_its_options(arguments, message):

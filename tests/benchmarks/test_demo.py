@@ -66,9 +66,7 @@ def test_rescaling_keeps_the_function_and_moves_every_filter() -> None:
     x = data.normalizer()(data.train_images[:64]).double()
     outputs = [models[name].train()(x) for name in ("usual", "rescaled")]
     assert (outputs[0] - outputs[1]).abs().max() < 0.05 * outputs[0].abs().max()
-    for group, rescaled in zip(
-        models["usual"].manifold_groups(), models["rescaled"].manifold_groups(), strict=True
-    ):
+    for group, rescaled in zip(models["usual"].manifold_groups(), models["rescaled"].manifold_groups(), strict=True):
         for (name, before), (_, after) in zip(group["params"], rescaled["params"], strict=True):
             if "manifold" not in group:
                 assert torch.equal(before, after), name

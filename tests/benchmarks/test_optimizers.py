@@ -135,9 +135,7 @@ class OwnNet(nn.Sequential):
     """Not of the zoo: no manifold_groups()."""
 
     def __init__(self):
-        super().__init__(
-            nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
-        )
+        super().__init__(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
 
 
 def test_weights_of_other_models_are_measured(batch):
@@ -170,7 +168,7 @@ def test_numbers_out_of_range(model, argument, value):
 
 
 def test_unknown_names_and_psigd_decay(model):
-    with pytest.raises(ValueError, match="optimizer must be one of sgd, .*, got 'adagrad'"):
+    with pytest.raises(ValueError, match=r"optimizer must be one of sgd, .*, got 'adagrad'"):
         build("adagrad", model)
     with pytest.raises(ValueError, match="psigd has no weight decay"):
         build("psigd", model, weight_decay=1e-4)

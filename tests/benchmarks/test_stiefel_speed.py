@@ -13,7 +13,7 @@ def test_rows_cover_every_method_and_stay_on_the_manifold():
 
 
 def test_the_timed_steps_are_the_same_algorithm():
-    """One projection of momentum and gradient is the textbook step; geoopt's is too, but for its first momentum."""
+    """One projection of momentum and gradient is the textbook step; without momentum geoopt's is too."""
     generator = torch.Generator().manual_seed(0)
     start = Stiefel().random(8, 3, dtype=torch.float64, generator=generator).as_subclass(torch.Tensor)
     gradient = Stiefel().proju(start, torch.randn(8, 3, dtype=torch.float64, generator=generator))

@@ -30,7 +30,7 @@ def trainer(data, model=None, lr=0.1, **options):
     return Trainer(model, optimizer, data, **{"epochs": 2, "batch_size": 32, "schedule": "constant", **options})
 
 
-# ----------------------------------------------------------------------------------------------------- schedules
+# -------------------------------------------------------------------------------------------------- schedules
 
 
 def test_cosine_from_one_to_zero():
@@ -67,7 +67,8 @@ def test_every_group_follows_the_schedule_at_its_own_rate(data):
     loop = Trainer(model, torch.optim.SGD(groups, lr=0.1), data, epochs=2, batch_size=13, schedule="cosine", warmup=1)
     rates, records = [], []
     loop.fit(
-        on_step=lambda it: rates.append([group["lr"] for group in it.optimizer.param_groups]), on_epoch=records.append
+        on_step=lambda it: rates.append([group["lr"] for group in it.optimizer.param_groups]),
+        on_epoch=records.append,
     )
     factor = schedule_factor("cosine", 20, 10)
     expected = [[lr * factor(step + 1) for lr in (0.1, 0.3)] for step in range(20)]  # seen after the step
@@ -75,7 +76,7 @@ def test_every_group_follows_the_schedule_at_its_own_rate(data):
     assert records[1]["learning_rates"] == pytest.approx([lr * factor(19) for lr in (0.1, 0.3)])
 
 
-# ---------------------------------------------------------------------------------------------------- the numbers
+# ------------------------------------------------------------------------------------------------ the numbers
 
 
 def test_it_is_plain_training(data):
@@ -172,13 +173,22 @@ def test_bfloat16_forward_passes_are_close(data):
     assert 0 < difference < 0.05
 
 
-# ------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("lr", [1e30, float("inf")])
 def test_divergence_stops_with_the_first_bad_step(data, lr):
     with pytest.raises(DivergedError, match=r"diverged at step 2 of epoch 1 .*the training loss is (nan|inf)"):
         trainer(data, lr=lr).fit()
+
+
+def test_a_test_loss_that_is_not_finite_stops_too(data):
+    class Shy(nn.Linear):
+        def forward(self, images):
+            return super().forward(images.flatten(1)) + (0 if self.training else math.inf)
+
+    with pytest.raises(DivergedError, match=r"diverged at step 4 of epoch 1 .*the test loss is nan"):
+        trainer(data, Shy(64, 10)).fit()
 
 
 def test_an_optimizer_that_refuses_a_gradient_stops_too(data):

@@ -194,9 +194,7 @@ def test_finds_the_defect_of_geoopts_canonical_stiefel():
 
 
 def test_nan_fails_every_check():
-    manifold = broken(
-        Stiefel(), **{v: lambda m, x, *_: x * torch.nan for v in ("retr", "proju", "egrad2rgrad")}
-    )
+    manifold = broken(Stiefel(), **{v: lambda m, x, *_: x * torch.nan for v in ("retr", "proju", "egrad2rgrad")})
     x = Stiefel().random(4, 2, dtype=torch.float64)
     for check in ("projection", "retraction"):
         assert not getattr(diagnostics, f"check_{check}")(manifold, x)

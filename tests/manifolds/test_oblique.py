@@ -55,6 +55,15 @@ def test_moves_end_on_the_manifold(shape, dim, dtype, length, verb):
     assert manifold.check_point_on_manifold(y, explain=True) == (True, None)
 
 
+@pytest.mark.parametrize("verb", ["retr", "expmap"])
+def test_drift_does_not_accumulate(verb):
+    manifold = Oblique()
+    x, u = point_and_tangents(manifold, (4, 9), dtype=torch.float32, count=1)
+    for _ in range(2000):
+        x, u = getattr(manifold, verb)(x, 0.1 * u), manifold.proju(x, u.roll(1, 1))
+    assert error(x, 0) <= 2 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("verb", ["projx", "proju", "egrad2rgrad", "retr", "expmap", "logmap"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_agrees_with_geoopt_where_that_applies(verb, dim):
@@ -151,9 +160,7 @@ def test_checks_say_what_is_wrong():
     assert not manifold.check_point_on_manifold(torch.full((2, 3), torch.nan))
 
 
-@pytest.mark.parametrize(
-    "bad", [torch.zeros(2, 3), torch.full((2, 3), torch.nan), torch.full((2, 3), torch.inf)]
-)
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3), torch.full((2, 3), torch.nan), torch.full((2, 3), torch.inf)])
 def test_slices_without_direction_have_no_projection(bad):
     with pytest.raises(ValueError, match="zero or not finite"):
         Oblique().projx(bad)

@@ -83,9 +83,7 @@ def test_every_verb_is_equivariant(manifold: PSI, shape: tuple[int, ...]) -> Non
         torch.testing.assert_close(manifold.logmap(moved(x), y), moved(manifold.logmap(x, y)))
         torch.testing.assert_close(manifold.transp(moved(x), y, moved(v)), manifold.transp(x, y, v))
         torch.testing.assert_close(manifold.transp(x, moved(y), v), moved(manifold.transp(x, y, v)))
-        torch.testing.assert_close(
-            manifold.project_transp(x, moved(y), v), moved(manifold.project_transp(x, y, v))
-        )
+        torch.testing.assert_close(manifold.project_transp(x, moved(y), v), moved(manifold.project_transp(x, y, v)))
 
 
 @MANY
@@ -142,9 +140,7 @@ def test_retraction_keeps_norms_and_is_the_papers_point() -> None:
     y = PSI().retr(x, u)
     torch.testing.assert_close(y.norm(dim=1), x.norm(dim=1), rtol=1e-14, atol=0)
     assert PSI().dist(y, x + u) < 1e-7
-    torch.testing.assert_close(
-        (x + u).norm(dim=1) ** 2, x.norm(dim=1) ** 2 + u.norm(dim=1) ** 2, rtol=1e-13, atol=0
-    )
+    torch.testing.assert_close((x + u).norm(dim=1) ** 2, x.norm(dim=1) ** 2 + u.norm(dim=1) ** 2, rtol=1e-13, atol=0)
 
 
 def test_parallel_transport_is_an_isometry_along_geodesics_and_projection_is_not() -> None:
@@ -201,8 +197,7 @@ def test_geoopts_optimizers_run_on_it_and_are_equivariant(optimizer: type, manif
             run.zero_grad()
             plain = p.as_subclass(Tensor)
             loss = -(
-                (plain / manifold.norms(plain).expand_as(manifold.scale_view(plain)[0]).reshape(shape))
-                * target
+                (plain / manifold.norms(plain).expand_as(manifold.scale_view(plain)[0]).reshape(shape)) * target
             ).sum()
             loss.backward()
             run.step()
@@ -234,9 +229,7 @@ def test_geoopts_optimizers_run_on_it_and_are_equivariant(optimizer: type, manif
         ({"dim": 1, "conv_groups": 2, "groups": 3}, (4, 6, 3), "one must divide the other"),
     ],
 )
-def test_bad_arguments_are_named(
-    arguments: dict[str, object], shape: tuple[int, ...] | None, message: str
-) -> None:
+def test_bad_arguments_are_named(arguments: dict[str, object], shape: tuple[int, ...] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PSI(**arguments).num_scales(shape)  # type: ignore[arg-type]
 
@@ -249,6 +242,7 @@ def test_points_and_vectors_off_the_manifold_are_told() -> None:
     ok, reason = psi.check_vector_on_tangent(x, x, explain=True)
     assert not ok
     assert "along the weight" in reason
+    assert not psi.check_vector_on_tangent(x, torch.full_like(x, math.nan))
     x[2] = 0
     ok, reason = psi.check_point_on_manifold(x, explain=True)
     assert not ok

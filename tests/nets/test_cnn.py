@@ -96,9 +96,7 @@ def by_measurement(model, x):
     return {n: str(i.manifold) for n, i in find_scale_invariant(model, x).items() if i.manifold is not None}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in COUNTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in COUNTS])
 def test_structure_agrees_with_measurement(name):
     torch.manual_seed(0)
     model = cnn.MODELS[name]()

@@ -124,9 +124,7 @@ def test_attention_with_normalised_queries_and_keys():
             self.out = nn.Linear(width, 3)
 
         def forward(self, x):
-            q, k, v = (
-                layer(x).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-            )
+            q, k, v = (layer(x).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
             mixed = F.scaled_dot_product_attention(self.norm(q), self.norm(k), v)
             return self.out(x + self.o(mixed.transpose(1, 2).flatten(2)))
 
@@ -138,9 +136,7 @@ def test_attention_with_normalised_queries_and_keys():
 
 def test_transformer_layer_has_nothing_on_a_manifold():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True, norm_first=True)
-    assert not [
-        n for n, i in find_scale_invariant(layer, torch.randn(3, 5, 8)).items() if i.manifold is not None
-    ]
+    assert not [n for n, i in find_scale_invariant(layer, torch.randn(3, 5, 8)).items() if i.manifold is not None]
 
 
 def test_plain_multihead_attention_has_nothing_invariant():

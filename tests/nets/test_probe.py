@@ -83,6 +83,8 @@ def test_model_and_random_state_are_left_as_they_were():
     model(x).sum().backward()
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append(1))
+    random.seed(123)
+    np.random.seed(123)  # noqa: NPY002
     state = copy.deepcopy(model.state_dict())
     grads = [p.grad.clone() for p in model.parameters()]
     flags = [m.training for m in model.modules()]
@@ -115,6 +117,13 @@ def test_callers_contexts_do_not_matter(context):
     model = materialised(head(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)), images())
     with context():
         assert kinds(model, images())["0.weight"] == "filter"
+
+
+def test_compiled_models_run_uncompiled():
+    model = torch.compile(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), backend="eager")
+    x = torch.randn(7, 4)
+    model(x)
+    assert kinds(model, x)["_orig_mod.0.weight"] == "filter"
 
 
 def test_random_draws_inside_the_network_repeat():

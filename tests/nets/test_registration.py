@@ -76,9 +76,7 @@ def test_register_twice_and_beside_other_manifolds():
 def test_shared_and_parametrized_weights_are_registered():
     a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     b.weight = a.weight
-    model = nn.Sequential(
-        a, nn.BatchNorm1d(4), b, nn.BatchNorm1d(4), parametrizations.weight_norm(nn.Linear(4, 3))
-    )
+    model = nn.Sequential(a, nn.BatchNorm1d(4), b, nn.BatchNorm1d(4), parametrizations.weight_norm(nn.Linear(4, 3)))
     x = torch.randn(7, 4)
     outputs = model(x)
     register_scale_invariant(model, x)
@@ -86,6 +84,15 @@ def test_shared_and_parametrized_weights_are_registered():
     assert isinstance(b.weight, geoopt.ManifoldParameter)
     assert isinstance(model[4].parametrizations.weight.original1, geoopt.ManifoldParameter)
     torch.testing.assert_close(model(x), outputs)
+
+
+def test_refusals_come_before_canonical_changes_anything():
+    model = small_net()
+    model[0].weight = type("Marked", (nn.Parameter,), {})(model[0].weight.detach())
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match="Marked"):
+        register_scale_invariant(model, images(), canonical=True)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
 
 
 def test_other_parameter_classes_are_refused_by_register():

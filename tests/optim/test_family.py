@@ -60,7 +60,9 @@ MEMBERS = {
 every = pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
 
 
-def model_and_groups(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[dict[str, Any]], Callable[[], Tensor]]:
+def model_and_groups(
+    dtype: torch.dtype = torch.float64,
+) -> tuple[nn.Module, list[dict[str, Any]], Callable[[], Tensor]]:
     model, groups, batch, target = invariant_net(dtype)
 
     def backward() -> Tensor:
@@ -339,7 +341,9 @@ def test_angular_turns_every_filter_by_the_learning_rate(scale: float) -> None:
     for step in range(5):
         before, w.grad = w.detach().clone(), torch.randn(6, 9, dtype=torch.float64) * 10.0**step
         optimizer.step()
-        torch.testing.assert_close(PSI().angles(before, w.detach()), torch.full((6,), 0.03, dtype=torch.float64))
+        torch.testing.assert_close(
+            PSI().angles(before, w.detach()), torch.full((6,), 0.03, dtype=torch.float64), rtol=1e-12, atol=0
+        )
 
 
 def test_angular_leaves_a_filter_without_signal_where_it_is() -> None:

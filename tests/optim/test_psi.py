@@ -85,7 +85,9 @@ def test_sgd_is_not_equivariant() -> None:
         return torch.optim.SGD([p for group in groups for _, p in group["params"]], lr=0.1, momentum=0.9)
 
     for steps, bound in ((1, 1e-3), (100, 0.1)):
-        assert (train(sgd, torch.float64, steps)[1] - train(sgd, torch.float64, steps, span=0.05)[1]).abs().max() > bound
+        assert (
+            train(sgd, torch.float64, steps)[1] - train(sgd, torch.float64, steps, span=0.05)[1]
+        ).abs().max() > bound
 
 
 def test_gradients_are_horizontal_and_scale_inversely() -> None:
@@ -104,7 +106,7 @@ def test_gradients_are_horizontal_and_scale_inversely() -> None:
             assert (back - w.grad).abs().max() < 1e-12 * w.grad.abs().max()
 
 
-# ------------------------------------------------------------------ against the published iteration, one filter at a time
+# ------------------------------------------------------- against the published iteration, one filter at a time
 
 
 def gradients(weight: Tensor, step: int) -> Tensor:
@@ -407,8 +409,10 @@ def test_half_precision_weights_are_stepped_in_float32(
     generator = torch.Generator().manual_seed(0)
     w = nn.Parameter((torch.randn(4, 16, generator=generator) * scale / 4).to(dtype))
     before = w.detach().float()
-    run = optimizer([{"params": [w], "manifold": PSI()}], lr=0.1, momentum=0.9) if optimizer is PSISGD else optimizer(
-        [{"params": [w], "manifold": PSI()}], lr=0.1
+    run = (
+        optimizer([{"params": [w], "manifold": PSI()}], lr=0.1, momentum=0.9)
+        if optimizer is PSISGD
+        else optimizer([{"params": [w], "manifold": PSI()}], lr=0.1)
     )
     for _ in range(3):
         w.grad = (torch.randn(4, 16, generator=generator) / scale).to(dtype)

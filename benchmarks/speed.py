@@ -1,0 +1,174 @@
+"""`retract bench speed`: a whole optimizer step over a network's parameters, as a ratio to torch's SGD."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from retract.nets.cnn import MODELS
+from retract.optim import PSISGD, PSIAdam, PSIAngular
+
+from . import optimizers
+from .provenance import provenance
+from .report import Table
+from .timing import interleave
+
+__all__ = ["BASELINE", "METHODS", "Row", "bandwidth_floor", "measure", "speed_command"]
+
+Optimizer = torch.optim.Optimizer
+BASELINE = "torch SGD foreach"
+
+
+def _sgd(**options: Any) -> Callable[[nn.Module], Optimizer]:
+    return lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, **options)
+
+
+def _psi(**options: Any) -> Callable[[nn.Module], Optimizer]:
+    return lambda model: PSISGD(_groups(model), lr=1e-3, momentum=0.9, **options)
+
+
+def _named(name: str) -> Callable[[nn.Module], Optimizer]:
+    return lambda model: optimizers.build(name, model, lr=1e-3)
+
+
+METHODS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    BASELINE: _sgd(foreach=True),
+    "torch SGD fused": _sgd(fused=True),
+    "torch AdamW foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True),
+    "PSISGD (default)": _psi(),
+    "PSISGD fused": _psi(fused=True),
+    "PSISGD foreach": _psi(foreach=True),
+    "PSISGD foreach, paper's transport": _psi(foreach=True, transport="paper"),
+    "PSIAngular": lambda model: PSIAngular(_groups(model), lr=1e-3),
+    "PSIAdam": lambda model: PSIAdam(_groups(model), lr=1e-3),
+    "geoopt RiemannianSGD, Sphere": _named("geoopt-sphere"),
+    "adamp SGDP": _named("sgdp"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one network's parameters."""
+
+    model: str
+    method: str
+    milliseconds: float  # median of whole steps
+    low: float  # bounds of the middle half of the samples
+    high: float
+    ratio: float  # to the baseline's median
+    buffers: float  # bytes of optimizer state over bytes of weights
+
+
+def measure(models: list[str], *, seconds: float, device: str = "cpu", methods: list[str] | None = None) -> list[Row]:
+    """Time the chosen methods (all by default; the baseline always) on each network's parameters."""
+    chosen = {name: make for name, make in METHODS.items() if methods is None or name in methods or name == BASELINE}
+    if device != "cpu":
+        chosen.pop("PSISGD fused", None)  # the kernel is the CPU's
+    return [row for model in models for row in _rows(model, chosen, seconds, device)]
+
+
+def _rows(
+    name: str, methods: dict[str, Callable[[nn.Module], Optimizer]], seconds: float, device: str
+) -> Iterator[Row]:
+    made = {method: make(_model(name, device)) for method, make in methods.items()}
+    times = interleave({method: optimizer.step for method, optimizer in made.items()}, seconds, device=device)
+    for method, optimizer in made.items():
+        time = times[method]
+        median, low, high = (1e3 * t for t in (time.median, time.low, time.high))
+        yield Row(name, method, median, low, high, time.median / times[BASELINE].median, _buffers(optimizer))
+
+
+def _model(name: str, device: str) -> nn.Module:
+    """The network with random gradients. ResNet-18 is the CIFAR form, as in most published timings of its step."""
+    torch.manual_seed(0)
+    model: nn.Module = (MODELS[name](stem="cifar") if name == "resnet18" else MODELS[name]()).to(device)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-2
+    return model
+
+
+def _groups(model: Any) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = model.manifold_groups()
+    return groups
+
+
+def _buffers(optimizer: Optimizer) -> float:
+    weights = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    return float(held / weights)
+
+
+def bandwidth_floor(name: str, *, seconds: float, device: str = "cpu") -> float:
+    """Milliseconds to read weights, gradients and momenta once and write weights and momenta, at this memory's rate.
+
+    Measured with torch's own streams over arrays of the network's size: two in-place products and one sum.
+    """
+    size = sum(p.numel() for p in _model(name, "meta").parameters())
+    arrays = [torch.ones(size, device=device) for _ in range(3)]
+
+    def stream() -> None:
+        arrays[0].mul_(1.0)
+        arrays[1].mul_(1.0)
+        arrays[2].sum()
+
+    return 1e3 * interleave({"stream": stream}, seconds, device=device)["stream"].median
+
+
+def table(rows: list[Row], floors: dict[str, float]) -> Table:
+    """The rows of all networks, each network's memory floor last."""
+    cells = []
+    for model, floor in floors.items():
+        mine = [row for row in rows if row.model == model]
+        baseline = next(row.milliseconds for row in mine if row.method == BASELINE)
+        for row in mine:
+            spread = f"{row.low:.2f}–{row.high:.2f}"
+            cells.append(
+                [model, row.method, f"{row.milliseconds:.2f}", spread, f"{row.ratio:.2f}", f"{row.buffers:.2f}"]
+            )
+        cells.append([model, "memory floor of a fused step", f"{floor:.2f}", "–", f"{floor / baseline:.2f}", "–"])
+    return Table(("network", "method", "ms", "middle half", "ratio", "state / weights"), cells)
+
+
+def speed_command(
+    models: Annotated[
+        str, typer.Option("--models", metavar="NAMES", help="Networks whose parameters to step, comma-separated.")
+    ] = "resnet18,resnet20,resnet50",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend on each network.")] = 20.0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's own.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures to a JSON file, too.", show_default=False)
+    ] = None,
+) -> None:
+    """Time one whole optimizer step over a network's parameters: medians, methods taking turns in one run.
+
+    The ratio is to torch.optim.SGD(momentum=0.9, foreach=True). The last row of a network is what its memory allows.
+
+    For example:
+
+        retract bench speed --models resnet20 --seconds 5
+    """
+    from rich import print as show
+
+    names = models.split(",")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise ValueError(f"--models must be of {', '.join(MODELS)}, got {', '.join(unknown)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows = measure(names, seconds=seconds, device=device)
+    floors = {name: bandwidth_floor(name, seconds=min(seconds, 2.0), device=device) for name in names}
+    show(table(rows, floors).rich())
+    facts = provenance(seconds_per_network=seconds, device=device)
+    show("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    if out is not None:
+        out.write_text(json.dumps({**facts, "floors": floors, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
