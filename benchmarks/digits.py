@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[str, float]] = {
     "PSIAngular": ("psiangular", 0.0),
     "PSIAdam": ("psiadam", 0.0),
 }
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 EUCLIDEAN_RATES = (0.1, 0.3, 1.0)
 INITS = ("usual", "rescaled")
 EPOCHS, BATCH, VALIDATION = 12, 64, 270

@@ -43,6 +43,7 @@ METHODS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "torch SGD fused": _sgd(fused=True),
     "torch AdamW foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True),
     "PSISGD (default)": _psi(),
+    "PSISGD, paper's transport": _psi(transport="paper"),
     "PSISGD fused": _psi(fused=True),
     "PSISGD foreach": _psi(foreach=True),
     "PSISGD foreach, paper's transport": _psi(foreach=True, transport="paper"),

@@ -100,7 +100,7 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             grads,
             buffers,
             has_sparse_grad=any(grad.is_sparse for grad in grads),
-            foreach=group.get("foreach"),
+            foreach=_foreach(group, grads),
             fused=group.get("fused"),
             weight_decay=group["weight_decay"],
             momentum=momentum,
@@ -112,6 +112,17 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         if momentum:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
+
+
+def _foreach(group: dict[str, Any], grads: list[Tensor]) -> bool | None:
+    """As asked for. If nothing was: by lists where they take the steps of torch's default, a loop, to the bit."""
+    foreach: bool | None = group.get("foreach")
+    if foreach is not None or group.get("fused") is not None or isinstance(group["lr"], Tensor):
+        return foreach
+    if group.get("nesterov"):
+        return None  # torch's lists would write the look-ahead into the gradients
+    same = all(g.is_cpu and not g.is_sparse and g.dtype in (torch.float32, torch.float64) for g in grads)
+    return True if same else None
 
 
 def describe(manifold: Any) -> dict[str, Any] | None:
@@ -140,7 +151,8 @@ def plain(x: Tensor) -> Tensor:
     """Past a subclass: geoopt's, whose dispatch can cost more than arithmetic, or a shard's, to its own part."""
     if type(x) in (Tensor, torch.nn.Parameter):
         return x
-    return x.to_local() if is_sharded(x) else x.as_subclass(Tensor)
+    local: Tensor = x.to_local() if is_sharded(x) else x.as_subclass(Tensor)  # type: ignore[attr-defined]
+    return local
 
 
 def is_sharded(x: Tensor) -> bool:

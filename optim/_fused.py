@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ._scale import ScaledParameter, row_shape
 
@@ -23,6 +22,8 @@ __all__ = ["available", "psisgd"]
 _SOURCE = Path(__file__).with_name("_psisgd.c")
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off")
 _SYMBOLS = {torch.float32: "psisgd_float", torch.float64: "psisgd_double"}
+_NO_MEMORY, _NOT_FINITE = 1, 2  # as in the kernel
+_ARGUMENTS = [ctypes.c_int64, *[ctypes.c_void_p] * 6, *[ctypes.c_double] * 3, *[ctypes.c_int] * 4]
 
 
 @cache
@@ -54,7 +55,10 @@ def _library() -> ctypes.CDLL:
                     "Install a C compiler with OpenMP, set CC, or use fused=False"
                 )
             os.replace(built, path)  # atomic: two processes may build at once
-    return ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    for symbol in _SYMBOLS.values():
+        getattr(library, symbol).argtypes = _ARGUMENTS
+    return library
 
 
 def _compiler() -> list[str]:
@@ -89,50 +93,28 @@ def psisgd(
     """
     library = _library()
     rest: list[ScaledParameter] = []
-    batches: dict[torch.dtype, list[tuple[ScaledParameter, tuple[int, int]]]] = {}
+    batches: dict[torch.dtype, list[tuple[int | None, ...]]] = {}
     for parameter in parameters:
-        if parameter.weight.device.type != "cpu":
-            raise RuntimeError(
-                f"fused=True runs on the CPU, got a weight on {parameter.weight.device}; use foreach=True"
-            )
-        rows = row_shape(parameter.manifold, parameter.weight.shape)
-        tensors = (parameter.weight, parameter.grad, parameter.momentum, parameter.carry)
-        dense = all(x is None or (x.is_contiguous() and x.dtype == parameter.weight.dtype) for x in tensors)
-        if rows is None or not dense or parameter.weight.dtype not in _SYMBOLS:
+        weight, dtype = parameter.weight, parameter.weight.dtype
+        if not weight.is_cpu:
+            raise RuntimeError(f"fused=True runs on the CPU, got a weight on {weight.device}; use foreach=True")
+        rows = row_shape(parameter.manifold, weight.shape)
+        tensors = [x for x in (weight, parameter.grad, parameter.momentum, parameter.carry) if x is not None]
+        if rows is None or dtype not in _SYMBOLS or not all(x.is_contiguous() and x.dtype == dtype for x in tensors):
             rest.append(parameter)
-        else:
-            batches.setdefault(parameter.weight.dtype, []).append((parameter, rows))
+            continue
+        addresses = [x.data_ptr() for x in tensors] + [None] * (4 - len(tensors))
+        batches.setdefault(dtype, []).append((*addresses, *rows))
+        torch._C._increment_version([weight])  # torch does not see the kernel write: autograd's check must know
     for dtype, batch in batches.items():
+        columns = zip(*batch, strict=True)
+        pointers = [(ctypes.c_void_p * len(batch))(*next(columns)) for _ in range(4)]
+        sizes = [(ctypes.c_int64 * len(batch))(*column) for column in columns]
         flags = (nesterov, transport, check_finite, torch.get_num_threads())
-        _call(getattr(library, _SYMBOLS[dtype]), batch, (lr, momentum, dampening), flags)
+        kernel = getattr(library, _SYMBOLS[dtype])
+        status = kernel(len(batch), *pointers, *sizes, lr, momentum, dampening, *flags)
+        if status == _NO_MEMORY:
+            raise MemoryError("fused=True found no memory for its workspace")
+        if status == _NOT_FINITE:
+            raise FloatingPointError
     return rest
-
-
-def _call(
-    function: ctypes._NamedFuncPointer,
-    batch: list[tuple[ScaledParameter, tuple[int, int]]],
-    numbers: tuple[float, float, float],
-    flags: tuple[bool, int, bool, int],
-) -> None:
-    count = len(batch)
-
-    def pointers(tensors: list[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-        return (ctypes.c_void_p * count)(*[None if x is None else x.data_ptr() for x in tensors])
-
-    status = function(
-        ctypes.c_int64(count),
-        pointers([p.weight for p, _ in batch]),
-        pointers([p.grad for p, _ in batch]),
-        pointers([p.momentum for p, _ in batch]),
-        pointers([p.carry for p, _ in batch]),
-        (ctypes.c_int64 * count)(*[rows for _, (rows, _) in batch]),
-        (ctypes.c_int64 * count)(*[columns for _, (_, columns) in batch]),
-        *[ctypes.c_double(x) for x in numbers],
-        *[ctypes.c_int(x) for x in flags],
-    )
-    for p, _ in batch:  # torch did not see these writes: let autograd's version check know of them
-        torch._C._increment_version([p.weight])
-    if status == 1:
-        raise MemoryError("fused=True found no memory for its workspace")
-    if status == 2:
-        raise FloatingPointError

@@ -65,7 +65,7 @@ class TurningOptimizer(ManifoldOptimizer):
                 continue
             look = group["check_finite"]
             try:
-                self.turn(group, check_finite=_on_cpu(group) if look is None else look)
+                self.turn(group, check_finite=group["params"][0].is_cpu if look is None else look)
             except FloatingPointError:
                 raise _nonfinite(group) from None
         return loss
@@ -137,10 +137,6 @@ def _initial_state(p: Tensor, weight: Tensor, manifold: Any, names: Sequence[str
         else torch.zeros(count, dtype=dtype, device=weight.device)
         for name in names
     }
-
-
-def _on_cpu(group: dict[str, Any]) -> bool:
-    return all(p.device.type == "cpu" for p in group["params"])
 
 
 def _nonfinite(group: dict[str, Any]) -> FloatingPointError:

@@ -131,7 +131,7 @@ def psisgd(
 ) -> None:
     """Functional form of `PSISGD`: update weights, momenta and carry factors in place."""
     if fused is None and foreach is None:
-        fused = all(p.weight.device.type == "cpu" for p in parameters) and _fused.available()
+        fused = all(p.weight.is_cpu for p in parameters) and _fused.available()
     if fused:
         step = _fused_psisgd
     elif foreach is None or foreach:
