@@ -39,7 +39,7 @@ class Variant:
 VARIANTS = {
     "as shipped": Variant(),
     "averages gradients": Variant(average="gradients"),
-    "one angle a layer": Variant(average="gradients", angle="layer"),
+    "… one angle a layer": Variant(average="gradients", angle="layer"),
     "no averaging": Variant(averages_past=False),
     "drifts without a gradient": Variant(idle="drift"),
 }

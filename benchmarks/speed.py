@@ -20,10 +20,11 @@ from .provenance import provenance
 from .report import Table
 from .timing import interleave
 
-__all__ = ["BASELINE", "METHODS", "Row", "bandwidth_floor", "measure", "speed_command"]
+__all__ = ["BASELINE", "FLOOR", "METHODS", "Row", "measure", "speed_command"]
 
 Optimizer = torch.optim.Optimizer
 BASELINE = "torch SGD foreach"
+FLOOR = "memory floor of a fused step"
 
 
 def _sgd(**options: Any) -> Callable[[nn.Module], Optimizer]:
@@ -79,11 +80,13 @@ def _rows(
     name: str, methods: dict[str, Callable[[nn.Module], Optimizer]], seconds: float, device: str
 ) -> Iterator[Row]:
     made = {method: make(_model(name, device)) for method, make in methods.items()}
-    times = interleave({method: optimizer.step for method, optimizer in made.items()}, seconds, device=device)
-    for method, optimizer in made.items():
-        time = times[method]
+    size = sum(p.numel() for p in _model(name, device).parameters())
+    steps = {method: optimizer.step for method, optimizer in made.items()} | {FLOOR: _stream(size, device)}
+    times = interleave(steps, seconds, device=device)
+    for method, time in times.items():
         median, low, high = (1e3 * t for t in (time.median, time.low, time.high))
-        yield Row(name, method, median, low, high, time.median / times[BASELINE].median, _buffers(optimizer))
+        buffers = _buffers(made[method]) if method in made else 1.0
+        yield Row(name, method, median, low, high, time.median / times[BASELINE].median, buffers)
 
 
 def _model(name: str, device: str) -> nn.Module:
@@ -106,34 +109,25 @@ def _buffers(optimizer: Optimizer) -> float:
     return float(held / weights)
 
 
-def bandwidth_floor(name: str, *, seconds: float, device: str = "cpu") -> float:
-    """Milliseconds to read weights, gradients and momenta once and write weights and momenta, at this memory's rate.
+def _stream(size: int, device: str) -> Callable[[], object]:
+    """Read weights, gradients and momenta once and write weights and momenta, by torch's fastest passes over memory."""
+    weights, momenta, gradients = (torch.ones(size, device=device) for _ in range(3))
 
-    Measured with torch's own streams over arrays of the network's size: two in-place products and one sum.
-    """
-    size = sum(p.numel() for p in _model(name, "meta").parameters())
-    arrays = [torch.ones(size, device=device) for _ in range(3)]
+    def step() -> None:
+        weights.mul_(1.0)
+        momenta.mul_(1.0)
+        gradients.sum()
 
-    def stream() -> None:
-        arrays[0].mul_(1.0)
-        arrays[1].mul_(1.0)
-        arrays[2].sum()
-
-    return 1e3 * interleave({"stream": stream}, seconds, device=device)["stream"].median
+    return step
 
 
-def table(rows: list[Row], floors: dict[str, float]) -> Table:
-    """The rows of all networks, each network's memory floor last."""
+def table(rows: list[Row]) -> Table:
+    """The rows of all networks."""
     cells = []
-    for model, floor in floors.items():
-        mine = [row for row in rows if row.model == model]
-        baseline = next(row.milliseconds for row in mine if row.method == BASELINE)
-        for row in mine:
-            spread = f"{row.low:.2f}–{row.high:.2f}"
-            cells.append(
-                [model, row.method, f"{row.milliseconds:.2f}", spread, f"{row.ratio:.2f}", f"{row.buffers:.2f}"]
-            )
-        cells.append([model, "memory floor of a fused step", f"{floor:.2f}", "–", f"{floor / baseline:.2f}", "–"])
+    for row in rows:
+        spread = f"{row.low:.2f}–{row.high:.2f}"
+        numbers = [f"{row.milliseconds:.2f}", spread, f"{row.ratio:.2f}", f"{row.buffers:.2f}"]
+        cells.append([row.model, row.method, *numbers])
     return Table(("network", "method", "ms", "middle half", "ratio", "state / weights"), cells)
 
 
@@ -152,7 +146,7 @@ def speed_command(
 ) -> None:
     """Time one whole optimizer step over a network's parameters: medians, methods taking turns in one run.
 
-    The ratio is to torch.optim.SGD(momentum=0.9, foreach=True). The last row of a network is what its memory allows.
+    The ratio is to torch.optim.SGD(momentum=0.9, foreach=True). The last row of a network is what its memory allows: three arrays of its size read, two of them written.
 
     For example:
 
@@ -167,9 +161,8 @@ def speed_command(
     if threads is not None:
         torch.set_num_threads(threads)
     rows = measure(names, seconds=seconds, device=device)
-    floors = {name: bandwidth_floor(name, seconds=min(seconds, 2.0), device=device) for name in names}
-    show(table(rows, floors).rich())
+    show(table(rows).rich())
     facts = provenance(seconds_per_network=seconds, device=device)
     show("\n".join(f"{name}: {value}" for name, value in facts.items()))
     if out is not None:
-        out.write_text(json.dumps({**facts, "floors": floors, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        out.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

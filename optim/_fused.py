@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import increment_version
 
 from ._scale import ScaledParameter, row_shape
 
@@ -100,12 +101,13 @@ def psisgd(
             raise RuntimeError(f"fused=True runs on the CPU, got a weight on {weight.device}; use foreach=True")
         rows = row_shape(parameter.manifold, weight.shape)
         tensors = [x for x in (weight, parameter.grad, parameter.momentum, parameter.carry) if x is not None]
-        if rows is None or dtype not in _SYMBOLS or not all(x.is_contiguous() and x.dtype == dtype for x in tensors):
+        dense = weight.numel() and all(x.is_contiguous() and x.dtype == dtype for x in tensors)
+        if rows is None or not dense or dtype not in _SYMBOLS:
             rest.append(parameter)
             continue
         addresses = [x.data_ptr() for x in tensors] + [None] * (4 - len(tensors))
         batches.setdefault(dtype, []).append((*addresses, *rows))
-        torch._C._increment_version([weight])  # torch does not see the kernel write: autograd's check must know
+        increment_version(weight)  # torch does not see the kernel write: autograd's check must know
     for dtype, batch in batches.items():
         columns = zip(*batch, strict=True)
         pointers = [(ctypes.c_void_p * len(batch))(*next(columns)) for _ in range(4)]

@@ -62,13 +62,23 @@ class TurningOptimizer(ManifoldOptimizer):
         for group in self.param_groups:
             if group["manifold"] is None:
                 self.euclidean_sgd(group, self.momentum_of(group))
-                continue
-            look = group["check_finite"]
-            try:
-                self.turn(group, check_finite=group["params"][0].is_cpu if look is None else look)
-            except FloatingPointError:
-                raise _nonfinite(group) from None
+            elif group["params"]:
+                look = group["check_finite"]
+                try:
+                    self.turn(group, check_finite=group["params"][0].is_cpu if look is None else look)
+                except FloatingPointError:
+                    raise _nonfinite(group) from None
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the numbers of half-precision weights stay float32, where torch would narrow them."""
+        super().load_state_dict(state_dict)
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(indices, weights, strict=True):
+            for name in ("carry", "square"):
+                if name in state_dict["state"].get(index, {}):
+                    self.state[p][name] = state_dict["state"][index][name].to(p.device, copy=True)
 
     def scaled_parameters(self, group: dict[str, Any], state_names: Sequence[str]) -> list[ScaledParameter]:
         """The group's parameters that have a gradient, with their state, which is made here at first need."""
@@ -118,7 +128,7 @@ def _splits(manifold: Any, shape: Sequence[int], dim: int) -> bool:
 
 def require_scale_groups(optimizer: ManifoldOptimizer) -> None:
     """Refuse to train as a Euclidean optimizer by mistake: some group must be on a manifold of scale groups."""
-    if not any(hasattr(group["manifold"], "scale_view") for group in optimizer.param_groups):
+    if not any(hasattr(group["manifold"], "scale_view") and group["params"] for group in optimizer.param_groups):
         name = type(optimizer).__name__
         raise ValueError(
             f"{name} was given no scale-invariant parameter, so it would train as a Euclidean optimizer. Before making "

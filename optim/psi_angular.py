@@ -45,12 +45,11 @@ class PSIAngular(TurningOptimizer):
     Raises:
         ValueError: an option out of range, no weight on a manifold, or one on a manifold without scale groups.
 
-    Choices, by measurement (DigitsNet on digits, 10 settings of the two learning rates, 3 seeds each; see
-    docs/optimizers.md): averaging directions instead of gradients ended at a lower training loss in 9 of 10
-    settings and at 1/4 of the loss at the best; one angle per filter was ahead of one per layer at a quarter of
-    the run in 9 of 10. A scale group whose gradient is exactly zero (a dead filter) stays where it is for that step
-    rather than drift along an old momentum; on digits no filter died, and the choice made no difference.
-    The same holds where all of the gradient lies along the weight.
+    Choices, by measurement on digits (`retract bench angular`, docs/results.md): directions are averaged rather than
+    gradients, which ended at a lower training loss at every learning rate, a third of it at the best; one angle per
+    filter was ahead of one per layer; without averaging small learning rates hardly train. A scale group whose
+    gradient is zero, or lies along the weight to rounding, stays where it is for that step rather than drift along
+    an old momentum; on digits no filter died, and the choice made no difference.
     """
 
     def __init__(

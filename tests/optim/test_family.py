@@ -103,6 +103,10 @@ def test_without_a_manifold_it_refuses_and_shows_the_line_to_add(member: Member)
         member.make([], **member.options)
     with pytest.raises(ValueError, match="register_scale_invariant"):
         member.make([{"params": []}], **member.options)
+    with pytest.raises(ValueError, match="register_scale_invariant"):
+        member.make([{"params": [], "manifold": PSI()}], **member.options)
+    both = [{"params": [], "manifold": PSI()}, {"params": [nn.Parameter(torch.ones(2, 2))], "manifold": PSI(1)}]
+    member.make(both, **member.options).step()
 
 
 @every
@@ -233,6 +237,27 @@ def test_state_dict_round_trip_continues_to_the_bit(member: Member) -> None:
         backward()
         fresh.step()
     assert torch.equal(weights_of(resumed), weights_of(model))
+
+
+@every
+def test_half_precision_state_keeps_its_numbers_in_float32(member: Member) -> None:
+    def start() -> tuple[nn.Parameter, Any]:
+        w = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4).bfloat16())
+        return w, member.make([{"params": [w], "manifold": PSI()}], **member.options)
+
+    def step(w: nn.Parameter, optimizer: Any, seed: int) -> None:
+        w.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        optimizer.step()
+
+    (w, optimizer), (twin, resumed) = start(), start()
+    for seed in range(3):
+        step(w, optimizer, seed)
+    twin.data.copy_(w.data)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(t.dtype != torch.bfloat16 for name, t in resumed.state[twin].items() if name != "momentum_buffer")
+    step(w, optimizer, 3)
+    step(twin, resumed, 3)
+    assert torch.equal(w, twin)
 
 
 @every
