@@ -146,7 +146,8 @@ def speed_command(
 ) -> None:
     """Time one whole optimizer step over a network's parameters: medians, methods taking turns in one run.
 
-    The ratio is to torch.optim.SGD(momentum=0.9, foreach=True). The last row of a network is what its memory allows: three arrays of its size read, two of them written.
+    The ratio is to torch.optim.SGD(momentum=0.9, foreach=True). The last row of a network is what its memory allows:
+    three arrays of its size read, two of them written.
 
     For example:
 
