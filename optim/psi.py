@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +117,17 @@ class PSISGD(TurningOptimizer):
         psisgd(parameters, dampening=group["dampening"], check_finite=check_finite, **options)
 
 
+class Rule(NamedTuple):
+    """The numbers of a step, the same for all parameters; see `PSISGD`. A negative ``lr`` ascends."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    nesterov: bool
+    transport: str
+    check_finite: bool
+
+
 def psisgd(
     parameters: Sequence[ScaledParameter],
     *,
@@ -130,72 +141,42 @@ def psisgd(
     check_finite: bool = False,
 ) -> None:
     """Functional form of `PSISGD`: update weights, momenta and carry factors in place."""
+    rule = Rule(lr, momentum, dampening, nesterov, transport, check_finite)
     if fused is None and foreach is None:
         fused = all(p.weight.is_cpu for p in parameters) and _fused.available()
     if fused:
-        step = _fused_psisgd
+        _fused_psisgd(parameters, rule)
     elif foreach is None or foreach:
-        step = _multi_tensor_psisgd
+        _multi_tensor_psisgd(parameters, rule)
     else:
-        step = _single_tensor_psisgd
-    step(parameters, lr, momentum, dampening, nesterov, transport, check_finite)
+        _single_tensor_psisgd(parameters, rule)
 
 
-def _single_tensor_psisgd(
-    parameters: Sequence[ScaledParameter],
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    transport: str,
-    check_finite: bool,
-) -> None:
+def _single_tensor_psisgd(parameters: Sequence[ScaledParameter], rule: Rule) -> None:
     for block in scale_blocks(parameters, stack=False):
-        _turn_block(block, lr, momentum, dampening, nesterov, transport, check_finite)
+        _turn_block(block, rule)
 
 
-def _multi_tensor_psisgd(
-    parameters: Sequence[ScaledParameter],
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    transport: str,
-    check_finite: bool,
-) -> None:
+def _multi_tensor_psisgd(parameters: Sequence[ScaledParameter], rule: Rule) -> None:
     for block in scale_blocks(parameters, stack=True):
-        _turn_block(block, lr, momentum, dampening, nesterov, transport, check_finite)
+        _turn_block(block, rule)
 
 
-def _fused_psisgd(
-    parameters: Sequence[ScaledParameter],
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    transport: str,
-    check_finite: bool,
-) -> None:
-    code = TRANSPORTS.index(transport)
-    rest = _fused.psisgd(parameters, float(lr), momentum, dampening, nesterov, code, check_finite)
-    _single_tensor_psisgd(rest, lr, momentum, dampening, nesterov, transport, check_finite)
+def _fused_psisgd(parameters: Sequence[ScaledParameter], rule: Rule) -> None:
+    code = TRANSPORTS.index(rule.transport)
+    numbers = (float(rule.lr), rule.momentum, rule.dampening)
+    rest = _fused.psisgd(parameters, *numbers, rule.nesterov, code, rule.check_finite)
+    _single_tensor_psisgd(rest, rule)
 
 
-def _turn_block(
-    block: ScaleBlock,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    transport: str,
-    check_finite: bool,
-) -> None:
+def _turn_block(block: ScaleBlock, rule: Rule) -> None:
     """The algorithm of `PSISGD` on one block.
 
     Momentum is stored as it was before its transport; ``carry`` tells what it is worth at the new weight, and the
     next step's projection of carried momentum plus gradient completes the transport. This is exact: along the
     geodesic that a vector itself spans, its parallel transport is ``n`` times its projection at the end.
     """
+    lr, momentum, dampening, nesterov, transport, check_finite = rule
     radius = block.radius()
     buffer, tangent = block.momentum, transport != "paper"
     if buffer is None:

@@ -28,7 +28,7 @@ class PSIAdam(TurningOptimizer):
         \end{aligned}
 
     Every term is a scalar per scale group times a vector that scales with the weight, so the method is equivariant
-    under rescaling, which Adam on the entries of a weight is not (psi.md pitfall 10). State: one buffer of the
+    under rescaling, which Adam on the entries of a weight is not. State: one buffer of the
     weight's size and two numbers per scale group.
 
     Parameters of a group without a manifold are stepped by torch.optim.SGD with momentum ``betas[0]``.

@@ -30,11 +30,22 @@ def test_a_trial_gives_the_same_result_to_the_bit() -> None:
     assert digits.train(trial()) == digits.train(trial())
 
 
-def test_psisgd_draws_the_same_losses_from_both_initializations_and_sgd_does_not() -> None:
-    usual, rescaled = (digits.train(trial("PSISGD", init)) for init in digits.INITS)
+@pytest.mark.parametrize("init", ["filters", "layers"])
+def test_psisgd_trains_alike_from_rescaled_weights_and_sgd_does_not(init: str) -> None:
+    """docs/checks.md, check 20, in its first epochs."""
+    usual, rescaled = (digits.train(trial("PSISGD", start)) for start in ("usual", init))
     assert rescaled.first_loss == pytest.approx(usual.first_loss, abs=1e-3)
-    usual, rescaled = (digits.train(trial("SGD", init)) for init in digits.INITS)
+    usual, rescaled = (digits.train(trial("SGD", start)) for start in ("usual", init))
     assert abs(rescaled.first_loss - usual.first_loss) > 0.02
+
+
+def test_sgd_fails_where_layers_are_out_of_scale_and_psisgd_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/checks.md, check 20, at the end of training."""
+    monkeypatch.setattr(digits, "EPOCHS", 12)
+    ours, theirs = (digits.train(trial(method, "layers")) for method in ("PSISGD", "SGD"))
+    assert ours.accuracy > 97
+    assert theirs.accuracy < 95
+    assert theirs.last_loss > 5 * ours.last_loss
 
 
 def test_tuning_never_sees_the_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +69,7 @@ def test_command_writes_report_and_results(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 2
+    assert len(rows) == 2 * 3 * 2
     assert "PSISGD" in (tmp_path / "report.html").read_text()
 
 

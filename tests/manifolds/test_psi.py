@@ -1,4 +1,4 @@
-"""PSI: its metric, its verbs, their equivariance, and geoopt's optimizers on it (papers/psi.md, checks 3, 7, 9, 10)."""
+"""PSI: its metric, its verbs, their equivariance, and geoopt's optimizers on it (docs/checks.md, check 3)."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_angles_are_accurate_at_both_ends() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_half_precision_norms_are_taken_in_float32(dtype: torch.dtype, scale: float) -> None:
-    """Squared norms overflow float16 beyond 255 and underflow at 1e-4 (pitfall 6)."""
+    """Squared norms overflow float16 beyond 255 and underflow at 1e-4."""
     x = (torch.full((2, 16), 0.25) * scale).to(dtype)
     u = torch.zeros_like(x)
     u[:, 0], u[:, 1] = x[:, 0], -x[:, 0]

@@ -164,7 +164,7 @@ def test_sparse_gradients_are_refused_by_name(member: Member) -> None:
 
 @every
 def test_decay_on_scale_invariant_weights_is_ignored_with_a_warning(member: Member) -> None:
-    """papers/psi.md pitfall 5: coupled decay is never applied to them; the other parameters decay."""
+    """Coupled decay is never applied to them; the other parameters decay."""
 
     def train(**decay: float) -> tuple[Tensor, Tensor]:
         _, groups, backward = model_and_groups()
@@ -324,7 +324,7 @@ def test_a_tensor_is_a_learning_rate_too(member: Member) -> None:
 
 @every
 def test_gradient_scaling_skips_overflow_and_unscales_first(member: Member) -> None:
-    """Pitfall 12: the metric's |w|^2 meets gradients that are unscaled."""
+    """The metric's |w|^2 meets gradients that are unscaled."""
     results = []
     for scale in (1.0, 1024.0):
         model, groups, _ = model_and_groups(torch.float32)
