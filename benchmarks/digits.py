@@ -7,6 +7,7 @@ same number of trials for every method, on a validation split; the test images a
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -147,43 +148,47 @@ def _tuning(methods: list[str]) -> list[Trial]:
     return [Trial(method, lr, other, "usual", seed, True) for method, lr, other, seed in grid]
 
 
-def _best(trials: list[Trial], results: list[Result]) -> dict[str, Trial]:
-    """For each method the rates of the lowest validation loss, mean over tuning seeds; a loss that is NaN is worst."""
+def _validation_losses(results: list[tuple[Trial, Result]]) -> dict[Trial, float]:
+    """Mean over tuning seeds for each setting (its trial with seed 0); where one diverged, infinity."""
     losses: dict[Trial, list[float]] = {}
-    for trial, result in zip(trials, results, strict=True):
-        loss = result.unseen_loss if result.unseen_loss == result.unseen_loss else float("inf")
-        losses.setdefault(replace(trial, seed=0), []).append(loss)
-    best: dict[str, Trial] = {}
-    for trial in sorted(losses, key=lambda trial: statistics.mean(losses[trial]), reverse=True):
-        best[trial.method] = trial
-    return best
+    for trial, result in results:
+        if trial.tuning:
+            losses.setdefault(replace(trial, seed=0), []).append(result.unseen_loss)
+    means = {trial: statistics.mean(values) for trial, values in losses.items()}
+    return {trial: mean if math.isfinite(mean) else math.inf for trial, mean in means.items()}
 
 
-def tune_and_compare(
-    methods: list[str], seeds: int, processes: int, *, tell: Any = lambda done, total: None
-) -> Iterator[tuple[Trial, Result]]:
-    """Tune every method, then train it ``seeds`` times from each initialization; yields these last trials."""
-    tuning = _tuning(methods)
-    total = len(tuning) + len(methods) * len(INITS) * seeds
+def _best(results: list[tuple[Trial, Result]]) -> dict[str, Trial]:
+    """For each method the setting of the lowest validation loss."""
+    losses = _validation_losses(results)
+    return {trial.method: trial for trial in sorted(losses, key=losses.__getitem__, reverse=True)}
+
+
+def tune_and_compare(methods: list[str], seeds: int, processes: int) -> Iterator[tuple[Trial, Result]]:
+    """Tune every method, then train it ``seeds`` times from each initialization; yields every trial as it ends."""
+    tuning, tuned = _tuning(methods), []
     with ProcessPoolExecutor(processes) as pool:
-        results = []
-        for result in pool.map(train, tuning):
-            results.append(result)
-            tell(len(results), total)
-        best = _best(tuning, results)
+        for found in zip(tuning, pool.map(train, tuning), strict=True):
+            tuned.append(found)
+            yield found
+        best = _best(tuned)
         final = [
             replace(best[method], init=init, seed=seed, tuning=False)
             for method, init, seed in product(methods, INITS, range(seeds))
         ]
-        for count, (trial, result) in enumerate(zip(final, pool.map(train, final), strict=True), 1):
-            tell(len(tuning) + count, total)
-            yield trial, result
+        yield from zip(final, pool.map(train, final), strict=True)
 
 
-def tables(results: list[tuple[Trial, Result]]) -> list[Table]:
+def count_trials(methods: list[str], seeds: int) -> int:
+    """How many trials `tune_and_compare` yields."""
+    return len(_tuning(methods)) + len(methods) * len(INITS) * seeds
+
+
+def tables(trials: list[tuple[Trial, Result]]) -> list[Table]:
     """Losses and accuracies (mean ± standard deviation over seeds) of every method from each initialization."""
     header = ("method", "lr, others", "init", "first loss", "last loss", "test loss", "test accuracy %")
     rows, differences = [], []
+    results = [(trial, result) for trial, result in trials if not trial.tuning]
     for method in dict.fromkeys(trial.method for trial, _ in results):
         by_init = {init: [(t, r) for t, r in results if t.method == method and t.init == init] for init in INITS}
         for init, found in by_init.items():
@@ -203,7 +208,19 @@ def tables(results: list[tuple[Trial, Result]]) -> list[Table]:
     return [
         Table(header, rows, "First and last loss: mean training loss of that epoch. ±: standard deviation over seeds."),
         Table(("method", "init", "last loss", "test accuracy, points"), differences, caption),
+        _sensitivity(trials),
     ]
+
+
+def _sensitivity(trials: list[tuple[Trial, Result]]) -> Table:
+    """What the learning rate of the other parameters is worth: the best validation loss that each of them allows."""
+    losses = _validation_losses(trials)
+    rows = []
+    for method in dict.fromkeys(trial.method for trial in losses):
+        best = [min(x for t, x in losses.items() if (t.method, t.euclidean_lr) == (method, e)) for e in EUCLIDEAN_RATES]
+        rows.append([method, *(f"{x:.3f}" for x in best)])
+    header = ("method", *(f"others at {rate:g}" for rate in EUCLIDEAN_RATES))
+    return Table(header, rows, "Validation loss at the best learning rate of the scale-invariant weights.")
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -235,18 +252,13 @@ def digits_command(
         retract bench digits --methods "SGD;PSISGD" --seeds 3
     """
     from rich import print as show
-    from rich.progress import Progress
+    from rich.progress import track
 
     chosen = methods.split(";") if methods else list(METHODS)
     if unknown := [name for name in chosen if name not in METHODS]:
         raise ValueError(f"--methods must be of {'; '.join(METHODS)}, got {'; '.join(unknown)}")
-    with Progress(transient=True) as progress:
-        task = progress.add_task("training", total=None)
-        results = list(
-            tune_and_compare(
-                chosen, seeds, processes, tell=lambda done, total: progress.update(task, completed=done, total=total)
-            )
-        )
+    trials = tune_and_compare(chosen, seeds, processes)
+    results = list(track(trials, "training", count_trials(chosen, seeds), transient=True))
     found = tables(results)
     facts = provenance(seeds=seeds, tuning_seeds=len(TUNING_SEEDS), epochs=EPOCHS, batch_size=BATCH)
     report = write_report(

@@ -60,7 +60,7 @@ def test_the_lowest_validation_loss_wins_and_nan_never() -> None:
     trials = [Trial("SGD", lr, 0.1, "usual", seed, True) for lr in (0.1, 0.3, 1.0) for seed in (0, 1)]
     losses = [0.2, 0.4, 0.25, 0.3, float("nan"), 0.01]
     results = [Result(1, 1, loss, 90) for loss in losses]
-    assert digits._best(trials, results)["SGD"].lr == 0.3
+    assert digits._best(list(zip(trials, results, strict=True)))["SGD"].lr == 0.3
 
 
 @pytest.mark.slow
@@ -69,7 +69,8 @@ def test_command_writes_report_and_results(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 3 * 2
+    assert sum(not row["tuning"] for row in rows) == 2 * 3 * 2
+    assert len(rows) == digits.count_trials(["SGD", "PSISGD"], 2)
     assert "PSISGD" in (tmp_path / "report.html").read_text()
 
 

@@ -400,6 +400,37 @@ def test_adam_turns_by_its_learning_rate_when_gradients_agree_and_less_when_they
     assert (last_angle(30) < 0.6e-3).all()
 
 
+@pytest.mark.parametrize("name", ["PSIAngular", "PSIAdam"])
+def test_steps_are_those_of_the_docstring_in_the_verbs_of_the_manifold(name: str) -> None:
+    psi, generator = PSI(), torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(5, 8, generator=generator, dtype=torch.float64)
+
+    start, grads = 3 * draw(), [draw() for _ in range(12)]
+    w = nn.Parameter(start.clone())
+    optimizer = MEMBERS[name].make([{"params": [w], "manifold": psi}], lr=0.2)
+    for grad in grads:
+        w.grad = grad.clone()
+        optimizer.step()
+
+    x, r = start.clone(), start.norm(dim=1, keepdim=True)
+    m, v = torch.zeros_like(x), torch.zeros(5, 1, dtype=torch.float64)
+    for age, grad in enumerate(grads, 1):
+        h = psi.proju(x, grad)
+        if name == "PSIAngular":
+            m = 0.9 * m + 0.1 * h / h.norm(dim=1, keepdim=True)
+            new = psi.expmap(x, -0.2 * r * m / m.norm(dim=1, keepdim=True))
+        else:
+            m = 0.9 * m + 0.1 * h
+            v = 0.99 * v + 0.01 * (r * grad.norm(dim=1, keepdim=True)) ** 2
+            root = (v / (1 - 0.99**age)).sqrt() + 1e-8
+            new = psi.retr(x, -0.2 * r**2 * (m / (1 - 0.9**age)) / root)
+        x, m = new, psi.transp(x, new, m)
+    torch.testing.assert_close(w.detach(), x, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(w.detach().norm(dim=1, keepdim=True), r, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize(("member", "numbers"), [("PSISGD", 1), ("PSIAngular", 1), ("PSIAdam", 2)])
 def test_state_is_one_buffer_a_weight_and_numbers_a_filter(member: str, numbers: int) -> None:
     w = nn.Parameter(torch.randn(6, 4, 3, 3))
