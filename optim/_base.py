@@ -42,7 +42,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        groups = [param_group] if "manifold" in param_group else split_by_manifold(param_group)
+        # A copy: torch would write defaults into the caller's dict, which the next optimizer would take for its own.
+        groups = [dict(param_group)] if "manifold" in param_group else split_by_manifold(param_group)
         for group in groups:
             if is_euclidean(group["manifold"]):
                 group["manifold"] = None

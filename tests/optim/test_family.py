@@ -199,9 +199,13 @@ def test_manifold_parameters_are_sorted_into_groups(member: Member) -> None:
 
 def test_other_parameters_take_lr_unless_told() -> None:
     groups = model_and_groups()[1]
-    assert [g["lr"] for g in PSISGD(copy.copy(groups), lr=0.1).param_groups] == [0.1, 0.1, 0.1]
-    own = [*copy.copy(groups[:2]), {**groups[2], "lr": 0.7}]
-    assert [g["lr"] for g in PSISGD(own, lr=0.1, euclidean_lr=0.3).param_groups] == [0.1, 0.1, 0.7]
+
+    def rates(groups: list[dict[str, Any]], **options: float) -> list[float]:
+        return [g["lr"] for g in PSISGD(groups, **options).param_groups]
+
+    assert rates(groups, lr=0.1) == [0.1, 0.1, 0.1]
+    assert rates(groups, lr=0.2, euclidean_lr=0.3) == [0.2, 0.2, 0.3]  # the first optimizer left the groups alone
+    assert rates([*groups[:2], {**groups[2], "lr": 0.7}], lr=0.1, euclidean_lr=0.3) == [0.1, 0.1, 0.7]
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
