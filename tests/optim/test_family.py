@@ -174,6 +174,7 @@ def test_decay_on_scale_invariant_weights_is_ignored_with_a_warning(member: Memb
         assert [str(w.message)[:36] for w in caught] == (["weight_decay is ignored on scale-inv"] * 2 if decay else [])
         backward()
         optimizer.step()
+        assert [g["weight_decay"] for g in optimizer.param_groups] == [0, 0, decay.get("weight_decay", 0)]
         psi, _, euclidean = (group["params"] for group in optimizer.param_groups)
         return psi[0].detach(), euclidean[-2].detach()
 
