@@ -59,8 +59,7 @@ class _Angular(PSIAngular):
     def _turn_block(self, block: ScaleBlock, lr: float, momentum: float) -> None:
         assert block.momentum is not None and block.carry is not None
         radius, buffer = block.radius(), block.momentum
-        gradient = block.project_(block.grad.clone(), radius)
-        signal = block.norm(gradient)
+        gradient, signal = block.grad, block.norm(block.grad)
         if self.variant.average == "directions":
             gradient = gradient / signal.clamp_min(1e-30)
         buffer.mul_(block.carry * momentum).add_(gradient, alpha=1 - momentum)

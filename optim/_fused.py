@@ -18,13 +18,24 @@ from torch.autograd.graph import increment_version
 
 from ._scale import ScaledParameter, row_shape
 
-__all__ = ["available", "psisgd"]
+__all__ = ["ADAM", "ANGULAR", "SGD", "Options", "available", "turn", "wanted"]
 
-_SOURCE = Path(__file__).with_name("_psisgd.c")
+_SOURCE = Path(__file__).with_name("_turn.c")
 _FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off")
-_SYMBOLS = {torch.float32: "psisgd_float", torch.float64: "psisgd_double"}
-_NO_MEMORY, _NOT_FINITE = 1, 2  # as in the kernel
-_ARGUMENTS = [ctypes.c_int64, *[ctypes.c_void_p] * 6, *[ctypes.c_double] * 3, *[ctypes.c_int] * 4]
+_SYMBOLS = {torch.float32: "turn_float", torch.float64: "turn_double"}
+# As in the kernel: what it returns, its rules, its options.
+_NO_MEMORY, _NOT_FINITE = 1, 2
+SGD, ANGULAR, ADAM = range(3)
+
+
+class Options(ctypes.Structure):
+    """The numbers of a step, the same for all weights."""
+
+    threads: int
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "second", "eps", "correction")),
+        *((name, ctypes.c_int) for name in ("rule", "nesterov", "transport", "check_finite", "threads")),
+    )
 
 
 @cache
@@ -32,7 +43,7 @@ def available() -> bool:
     """Whether the kernel can be used here: it is compiled already, or a C compiler is at hand."""
     try:
         _library()
-    except RuntimeError:
+    except (RuntimeError, OSError):  # no compiler; or a cache folder that cannot be written to
         return False
     return True
 
@@ -43,7 +54,7 @@ def _library() -> ctypes.CDLL:
     compiler = _compiler()
     key = "\0".join([_SOURCE.read_text(), *compiler, *_FLAGS, sysconfig.get_platform()])
     folder = _cache_folder()
-    path = folder / f"psisgd-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = folder / f"turn-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -58,7 +69,7 @@ def _library() -> ctypes.CDLL:
             os.replace(built, path)  # atomic: two processes may build at once
     library = ctypes.CDLL(str(path))
     for symbol in _SYMBOLS.values():
-        getattr(library, symbol).argtypes = _ARGUMENTS
+        getattr(library, symbol).argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 8]
     return library
 
 
@@ -77,15 +88,14 @@ def _cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "retract"
 
 
-def psisgd(
-    parameters: Sequence[ScaledParameter],
-    lr: float,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    transport: int,
-    check_finite: bool,
-) -> list[ScaledParameter]:
+def wanted(parameters: Sequence[ScaledParameter], foreach: bool | None, fused: bool | None) -> bool:
+    """Whether the kernel is to step these: asked for, or nothing was and it can be had."""
+    if fused is None and foreach is None:
+        return all(p.weight.is_cpu for p in parameters) and available()
+    return bool(fused)
+
+
+def turn(parameters: Sequence[ScaledParameter], options: Options) -> list[ScaledParameter]:
     """Step every parameter that the kernel takes; return those that it does not (layout, half precision).
 
     Raises:
@@ -93,6 +103,7 @@ def psisgd(
         FloatingPointError: a scale group met a value that is not finite; its weight was not moved.
     """
     library = _library()
+    options.threads = torch.get_num_threads()
     rest: list[ScaledParameter] = []
     batches: dict[torch.dtype, list[tuple[int | None, ...]]] = {}
     for parameter in parameters:
@@ -100,21 +111,18 @@ def psisgd(
         if not weight.is_cpu:
             raise RuntimeError(f"fused=True runs on the CPU, got a weight on {weight.device}; use foreach=True")
         rows = row_shape(parameter.manifold, weight.shape)
-        tensors = [x for x in (weight, parameter.grad, parameter.momentum, parameter.carry) if x is not None]
-        dense = weight.numel() and all(x.is_contiguous() and x.dtype == dtype for x in tensors)
+        tensors = (weight, parameter.grad, parameter.momentum, parameter.carry, parameter.square)
+        dense = weight.numel() and all(x is None or (x.is_contiguous() and x.dtype == dtype) for x in tensors)
         if rows is None or not dense or dtype not in _SYMBOLS:
             rest.append(parameter)
             continue
-        addresses = [x.data_ptr() for x in tensors] + [None] * (4 - len(tensors))
-        batches.setdefault(dtype, []).append((*addresses, *rows))
+        batches.setdefault(dtype, []).append((*(None if x is None else x.data_ptr() for x in tensors), *rows))
         increment_version(weight)  # torch does not see the kernel write: autograd's check must know
     for dtype, batch in batches.items():
         columns = zip(*batch, strict=True)
-        pointers = [(ctypes.c_void_p * len(batch))(*next(columns)) for _ in range(4)]
+        pointers = [(ctypes.c_void_p * len(batch))(*next(columns)) for _ in range(5)]
         sizes = [(ctypes.c_int64 * len(batch))(*column) for column in columns]
-        flags = (nesterov, transport, check_finite, torch.get_num_threads())
-        kernel = getattr(library, _SYMBOLS[dtype])
-        status = kernel(len(batch), *pointers, *sizes, lr, momentum, dampening, *flags)
+        status = getattr(library, _SYMBOLS[dtype])(len(batch), *pointers, *sizes, ctypes.byref(options))
         if status == _NO_MEMORY:
             raise MemoryError("fused=True found no memory for its workspace")
         if status == _NOT_FINITE:

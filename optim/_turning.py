@@ -39,6 +39,8 @@ class TurningOptimizer(ManifoldOptimizer):
         super().check_group(group)
         check_range("weight_decay", group["weight_decay"], 0)
         check_scale_group(group)
+        if group["fused"] and group["foreach"]:
+            raise ValueError("fused=True and foreach=True exclude each other")
         if group["manifold"] is not None and group["weight_decay"]:
             warnings.warn(
                 "weight_decay is ignored on scale-invariant weights, where it could only change their norm, which "

@@ -142,9 +142,7 @@ def psisgd(
 ) -> None:
     """Functional form of `PSISGD`: update weights, momenta and carry factors in place."""
     rule = Rule(lr, momentum, dampening, nesterov, transport, check_finite)
-    if fused is None and foreach is None:
-        fused = all(p.weight.is_cpu for p in parameters) and _fused.available()
-    if fused:
+    if _fused.wanted(parameters, foreach, fused):
         _fused_psisgd(parameters, rule)
     elif foreach is None or foreach:
         _multi_tensor_psisgd(parameters, rule)
@@ -163,10 +161,16 @@ def _multi_tensor_psisgd(parameters: Sequence[ScaledParameter], rule: Rule) -> N
 
 
 def _fused_psisgd(parameters: Sequence[ScaledParameter], rule: Rule) -> None:
-    code = TRANSPORTS.index(rule.transport)
-    numbers = (float(rule.lr), rule.momentum, rule.dampening)
-    rest = _fused.psisgd(parameters, *numbers, rule.nesterov, code, rule.check_finite)
-    _single_tensor_psisgd(rest, rule)
+    options = _fused.Options(
+        rule=_fused.SGD,
+        lr=float(rule.lr),
+        momentum=rule.momentum,
+        dampening=rule.dampening,
+        nesterov=rule.nesterov,
+        transport=TRANSPORTS.index(rule.transport),
+        check_finite=rule.check_finite,
+    )
+    _single_tensor_psisgd(_fused.turn(parameters, options), rule)
 
 
 def _turn_block(block: ScaleBlock, rule: Rule) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import _fused
 from ._base import Params, check_range
 from ._scale import ScaleBlock, ScaledParameter, scale_blocks
 from ._turning import TurningOptimizer
@@ -40,7 +41,7 @@ class PSIAdam(TurningOptimizer):
         eps: added to the root of the second moment, in units of gradient at unit norm.
         weight_decay: for groups without a manifold only; see `PSISGD`.
         maximize: ascend.
-        foreach: stack small weights of equal fan-in (default), or go weight by weight (False).
+        foreach, fused: as for `PSISGD`.
         euclidean_lr: learning rate of groups without a manifold that do not bring their own.
         check_finite: as for `PSISGD`.
 
@@ -58,6 +59,7 @@ class PSIAdam(TurningOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         euclidean_lr: float = 0.3,
         check_finite: bool | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class PSIAdam(TurningOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "check_finite": check_finite,
         }
         super().__init__(params, defaults, euclidean_lr=euclidean_lr)
@@ -86,7 +89,10 @@ class PSIAdam(TurningOptimizer):
     def turn(self, group: dict[str, Any], *, check_finite: bool) -> None:
         """Step one group on its manifold."""
         stack = group["foreach"] is None or group["foreach"]
-        for age, parameters in self._by_age(group).items():
+        for age, aged in self._by_age(group).items():
+            parameters = aged
+            if _fused.wanted(aged, group["foreach"], group["fused"]):
+                parameters = _fused.turn(aged, _options(group, age, check_finite))
             for block in scale_blocks(parameters, stack=stack):
                 _turn_block(block, group, age, check_finite)
 
@@ -100,6 +106,19 @@ class PSIAdam(TurningOptimizer):
             age += 1
             ages[int(age)].append(parameter)
         return ages
+
+
+def _options(group: dict[str, Any], age: int, check_finite: bool) -> _fused.Options:
+    (beta1, beta2), rate = group["betas"], float(-group["lr"] if group["maximize"] else group["lr"])
+    return _fused.Options(
+        rule=_fused.ADAM,
+        lr=rate / (1 - beta1**age),
+        momentum=beta1,
+        second=beta2,
+        correction=1 - beta2**age,
+        eps=group["eps"],
+        check_finite=check_finite,
+    )
 
 
 def _turn_block(block: ScaleBlock, group: dict[str, Any], age: int, check_finite: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import _fused
 from ._base import Params, check_range
 from ._scale import ScaleBlock, scale_blocks
 from ._turning import TurningOptimizer
@@ -19,8 +20,7 @@ class PSIAngular(TurningOptimizer):
 
     .. math::
         \begin{aligned}
-        &h \leftarrow g - \tfrac{\langle w, g\rangle}{r^2} w, \qquad
-         m \leftarrow \mu\, m + (1 - \mu)\, h / \|h\| \\
+        &m \leftarrow \mu\, m + (1 - \mu)\, (g - \tfrac{\langle w, g\rangle}{r^2} w) / \|g\| \\
         &w \leftarrow \cos\gamma\; w - \sin\gamma\; r\, m / \|m\|
             &&\text{(a geodesic of } \gamma \text{ radians)} \\
         &m \leftarrow \text{parallel transport of } m
@@ -38,7 +38,7 @@ class PSIAngular(TurningOptimizer):
         momentum: weight of the past in the average, in [0, 1).
         weight_decay: for groups without a manifold only; see `PSISGD`.
         maximize: ascend.
-        foreach: stack small weights of equal fan-in (default), or go weight by weight (False).
+        foreach, fused: as for `PSISGD`.
         euclidean_lr: learning rate of groups without a manifold that do not bring their own.
         check_finite: as for `PSISGD`.
 
@@ -61,6 +61,7 @@ class PSIAngular(TurningOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         euclidean_lr: float = 0.3,
         check_finite: bool | None = None,
     ) -> None:
@@ -70,6 +71,7 @@ class PSIAngular(TurningOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "check_finite": check_finite,
         }
         super().__init__(params, defaults, euclidean_lr=euclidean_lr)
@@ -84,26 +86,27 @@ class PSIAngular(TurningOptimizer):
     def turn(self, group: dict[str, Any], *, check_finite: bool) -> None:
         """Step one group on its manifold."""
         parameters = self.scaled_parameters(group, ("momentum_buffer", "carry"))
-        angle = -group["lr"] if group["maximize"] else group["lr"]
-        for block in scale_blocks(parameters, stack=group["foreach"] is None or group["foreach"]):
-            _turn_block(block, float(angle), group["momentum"], check_finite)
+        angle, momentum = float(-group["lr"] if group["maximize"] else group["lr"]), group["momentum"]
+        stack = group["foreach"] is None or group["foreach"]
+        if _fused.wanted(parameters, group["foreach"], group["fused"]):
+            options = _fused.Options(rule=_fused.ANGULAR, lr=angle, momentum=momentum, check_finite=check_finite)
+            parameters = _fused.turn(parameters, options)
+        for block in scale_blocks(parameters, stack=stack):
+            _turn_block(block, angle, momentum, check_finite)
 
 
 def _turn_block(block: ScaleBlock, angle: float, momentum: float, check_finite: bool) -> None:
     """The algorithm of `PSIAngular` on one block; momentum is kept as in `PSISGD`, transported when next used."""
     buffer = block.momentum
     assert buffer is not None and block.carry is not None
-    radius, tiny = block.radius(), torch.finfo(buffer.dtype).tiny
-    horizontal = block.project_(block.grad.clone(), radius)
-    signal = block.norm(horizontal)
+    radius, signal, numbers = block.radius(), block.norm(block.grad), torch.finfo(buffer.dtype)
     if check_finite and not math.isfinite(float(signal.sum())):
         raise FloatingPointError
-    buffer.mul_(block.carry * momentum).addcmul_(horizontal, (1 - momentum) / signal.clamp_min(tiny))
+    buffer.mul_(block.carry * momentum).addcmul_(block.grad, (1 - momentum) / signal.clamp_min(numbers.tiny))
     length = block.norm(block.project_(buffer, radius))
-    # What is left of a gradient along the weight, a filter of one entry's say, is rounding: no direction to turn in.
-    noise = 8 * torch.finfo(buffer.dtype).eps * block.norm(block.grad)
-    turns = (signal > noise) & (length > 0) & (radius > tiny)
+    # The buffer averages unit vectors: what rounding leaves of those along the weight is no direction to turn in.
+    turns = (signal > 0) & (length > 16 * numbers.eps) & (radius > numbers.tiny)
     angles = turns.to(radius.dtype) * angle
-    cosine, sine = angles.cos(), angles.sin_().mul_(radius).div_(length.clamp_min_(tiny))
+    cosine, sine = angles.cos(), angles.sin_().mul_(radius).div_(length.clamp_min_(numbers.tiny))
     block.weight.mul_(cosine).addcmul_(buffer, sine.neg_())
     torch.reciprocal(cosine, out=block.carry)

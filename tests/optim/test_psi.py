@@ -30,7 +30,9 @@ FAMILY: dict[str, Make] = {
     "nesterov": lambda groups: PSISGD(groups, lr=0.1, momentum=0.9, nesterov=True),
     "dampened": lambda groups: PSISGD(groups, lr=0.1, momentum=0.9, dampening=0.5),
     "angular": lambda groups: PSIAngular(groups, lr=0.005, euclidean_lr=0.1),
+    "angular foreach": lambda groups: PSIAngular(groups, lr=0.005, euclidean_lr=0.1, foreach=True),
     "adam": lambda groups: PSIAdam(groups, lr=0.05, euclidean_lr=0.1, eps=0),
+    "adam foreach": lambda groups: PSIAdam(groups, lr=0.05, euclidean_lr=0.1, eps=0, foreach=True),
 }
 family = pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
 
@@ -495,8 +497,10 @@ def test_a_zero_filter_stays_zero_and_small_ones_turn() -> None:
         lambda g: PSISGD(g, lr=0.5, momentum=0.9, fused=True),
         lambda g: PSISGD(g, lr=0.5, momentum=0.9, foreach=True),
         lambda g: PSISGD(g, lr=0.5, momentum=0.9, transport="paper", foreach=True),
-        lambda g: PSIAngular(g, lr=0.1),
-        lambda g: PSIAdam(g, lr=0.1),
+        lambda g: PSIAngular(g, lr=0.1, fused=True),
+        lambda g: PSIAngular(g, lr=0.1, foreach=True),
+        lambda g: PSIAdam(g, lr=0.1, fused=True),
+        lambda g: PSIAdam(g, lr=0.1, foreach=True),
     ):
         w = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
         single = nn.Parameter(torch.randn(4, 1, dtype=torch.float64))
