@@ -160,7 +160,7 @@ def _nonfinite(group: dict[str, Any]) -> FloatingPointError:
         bad = (~torch.isfinite(view)).sum(dims).flatten()
         return FloatingPointError(
             f"the gradient of {parameter_name(group, index)} is not finite in scale groups "
-            f"{bad.nonzero().flatten().tolist()[:8]} of {bad.numel()}; its weight was not moved, but parameters "
-            "before it may have been: go back to a checkpoint"
+            f"{bad.nonzero().flatten().tolist()[:8]} of {bad.numel()}; these were not moved, but others may "
+            "have been: go back to a checkpoint"
         )
     return FloatingPointError("a step on scale-invariant weights overflowed: weights or momentum are out of range")

@@ -59,8 +59,8 @@ class PSISGD(TurningOptimizer):
             untouched at free norm; its radial part is kept.
         euclidean_lr: learning rate of groups without a manifold that do not bring their own; default ``lr``.
         check_finite: raise FloatingPointError, naming the parameter, before a gradient that is NaN or infinite
-            moves its weight. ``None``: on the CPU, where looking costs no synchronisation. Weights earlier in the
-            list have then moved already.
+            moves its scale group. ``None``: on the CPU, where looking costs no synchronisation. Other weights may
+            have moved by then.
 
     Raises:
         ValueError: an option out of range, no weight on a manifold, or one on a manifold without scale groups.
