@@ -48,8 +48,8 @@ class PSIAngular(TurningOptimizer):
     Choices, by measurement on digits (`retract bench angular`, docs/results.md): directions are averaged rather than
     gradients, which ended at a lower training loss at every learning rate, a third of it at the best; one angle per
     filter was ahead of one per layer; without averaging small learning rates hardly train. A scale group whose
-    gradient is zero, or lies along the weight to rounding, stays where it is for that step rather than drift along
-    an old momentum; on digits no filter died, and the choice made no difference.
+    gradient is zero stays where it is for that step rather than drift along an old momentum (on digits no filter
+    died, and the choice made no difference), and so does one whose average holds nothing but rounding.
     """
 
     def __init__(
