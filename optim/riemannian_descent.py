@@ -25,11 +25,10 @@ class RiemannianGD(ManifoldOptimizer):
     groups. The common multiplier t is 1 with a fixed step. A line search tries 1 first at the first step, and
     afterwards the last accepted t, enlarged by one contraction.
 
-    With a line search, ``step(closure)`` calls the closure at the start and at every trial, as
-    torch.optim.LBFGS
-    does: it zeroes gradients, computes the loss on the same data, calls ``backward`` and returns the loss. A
-    trial is a forward pass like any other: it moves BatchNorm's running statistics, and with dropout trials
-    could not be compared. Gradients end as those of the last trial.
+    With a line search, ``step(closure)`` calls the closure at the start and at every trial, as torch.optim.LBFGS
+    does: it zeroes gradients, computes the loss on the same data, calls ``backward`` and returns the loss. A trial is
+    a forward pass like any other: it moves BatchNorm's running statistics, and with dropout trials could not be
+    compared. Gradients end as those of the last trial.
 
     A search without success (a gradient that is lost in rounding, or wrong, or a loss that is not finite)
     leaves every weight as it was, to the bit; ``last_search.success`` tells. So does a closure that raises.
