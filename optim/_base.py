@@ -95,7 +95,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
         if not params:
             return
         grads = [p.grad for p in params]
-        buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
+        states: list[dict[str, Any]] = [self.state[p] if momentum else {} for p in params]
+        buffers = [state.get("momentum_buffer") for state in states]
         sgd(
             params,
             grads,
@@ -110,9 +111,8 @@ class ManifoldOptimizer(torch.optim.Optimizer):
             nesterov=group.get("nesterov", False),
             maximize=group["maximize"],
         )
-        if momentum:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
+        for state, buffer in zip(states, buffers, strict=True):
+            state["momentum_buffer"] = buffer
 
 
 def _foreach(group: dict[str, Any], grads: list[Tensor]) -> bool | None:
