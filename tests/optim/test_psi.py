@@ -377,6 +377,26 @@ def test_blocks_cover_large_weights_and_stacks_small_ones(
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("optimizer", [PSISGD, PSIAngular, PSIAdam])
+def test_kernel_shares_out_every_row_of_large_weights(optimizer: Callable[..., Any]) -> None:
+    """Its threads take some 16,000 entries at a time: many rows, one row, or part of the weights each."""
+    shapes = [(600, 64), (3, 20000), (16384, 1), (5, 7)]
+
+    def train(**kind: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
+        options = {"momentum": 0.9} if optimizer is PSISGD else {}
+        run = optimizer([{"params": weights, "manifold": PSI()}], lr=0.1, **options, **kind)
+        for _ in range(2):
+            for w in weights:
+                w.grad = torch.randn(w.shape, generator=generator, dtype=torch.float64)
+            run.step()
+        return [w.detach() for w in weights]
+
+    for a, b in zip(train(fused=True), train(foreach=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 @pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}], ids=str)
 def test_memory_layout_does_not_matter(layout: str, kind: dict[str, bool]) -> None:
