@@ -20,7 +20,7 @@
 enum { SGD, ANGULAR, ADAM };
 enum { PARALLEL, PROJECTION, HORIZONTAL, PAPER };
 enum { OK, NO_MEMORY, NOT_FINITE };
-enum { CHUNK = 1 << 14 }; /* entries a thread takes at a time */
+enum { CHUNK = 1 << 16 }; /* entries a thread takes at a time: shorter runs break up the streams from memory */
 
 typedef struct {
     double lr, momentum, dampening;           /* of ADAM: rate / (1 - beta1^age), beta 1, 0 */

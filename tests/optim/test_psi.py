@@ -379,8 +379,8 @@ def test_blocks_cover_large_weights_and_stacks_small_ones(
 
 @pytest.mark.parametrize("optimizer", [PSISGD, PSIAngular, PSIAdam])
 def test_kernel_shares_out_every_row_of_large_weights(optimizer: Callable[..., Any]) -> None:
-    """Its threads take some 16,000 entries at a time: many rows, one row, or part of the weights each."""
-    shapes = [(600, 64), (3, 20000), (16384, 1), (5, 7)]
+    """Its threads take some 65,000 entries at a time: many rows, one row, or part of the weights each."""
+    shapes = [(1500, 64), (5, 20000), (70000, 1), (5, 7)]
 
     def train(**kind: bool) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
