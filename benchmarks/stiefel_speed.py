@@ -21,6 +21,7 @@ __all__ = ["SIZES", "Row", "run", "stiefel_command"]
 
 SIZES = ((144, 16), (576, 64), (1152, 128), (4608, 512))
 BASELINE = "geoopt RiemannianSGD, EuclideanStiefel"
+FLOOR = "floor: four matrix products"
 
 Step = Callable[[], None]
 
@@ -64,6 +65,7 @@ def _rows(
         manifold = Stiefel(retraction)
         methods[f"{retraction}, momentum transported"] = _transported_step(manifold, start, gradient, lr, momentum)
         methods[f"{retraction}, one projection"] = _projected_step(manifold, start, gradient, lr, momentum)
+    methods[FLOOR] = _products(start, gradient)
     times = interleave({name: step for name, (_, step) in methods.items()}, seconds)
     for name, (point, _) in methods.items():
         speedup = times[BASELINE].median / times[name].median
@@ -104,6 +106,18 @@ def _projected_step(
         point.copy_(manifold.retr(point, -lr * buffer))
 
     return point, step
+
+
+def _products(start: Tensor, gradient: Tensor) -> tuple[Tensor, Step]:
+    """What a projection and a QR retraction by Cholesky cannot do without: two products of frames, two with p x p."""
+    out, square = torch.empty_like(start), torch.empty(2 * start.shape[-1:], dtype=start.dtype)
+
+    def step() -> None:
+        for _ in range(2):
+            torch.mm(start.mT, gradient, out=square)
+            torch.mm(start, square, out=out)
+
+    return start, step
 
 
 def _orthonormality_error(point: Tensor) -> float:
