@@ -36,6 +36,9 @@ BENCHMARKS = (
     Command("speed", ".speed", "speed_command", "Time one optimizer step, against torch, geoopt and adamp."),
     Command("stiefel", ".stiefel_speed", "stiefel_command", "Time one step on a Stiefel matrix, against geoopt."),
     Command("angular", ".angular", "angular_command", "Compare PSIAngular's choices with their alternatives."),
+    Command("spectra", ".spectra_speed", "spectra_command", "Time weights of chosen spectrum, and their layers."),
+    Command("completion", ".completion", "completion_command", "Fit matrices of low rank, well and badly conditioned."),
+    Command("layers", ".layers", "layers_command", "Train networks of spectral layers in both forms, and dense ones."),
     Command("digits", ".digits", "digits_command", "Tune and compare all optimizers on 8x8 digits."),
 )
 

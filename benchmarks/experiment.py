@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,24 @@ from retract.nets.cnn import INPUT_SHAPES, MODELS
 
 from . import optimizers
 from .data import DATASETS, Dataset, load
+from .factorization import Factorization, fill_in
 from .runs import Run
 from .training import SCHEDULES, Trainer
 
-__all__ = ["Config", "build_trainer", "default_folder", "plain", "read_config", "resolve"]
+__all__ = ["Config", "build_trainer", "default_folder", "load_model", "plain", "read_config", "resolve"]
 
 DEFAULT_MODELS = {"digits": "digitsnet", "mnist": "lenet5_bn", "cifar10": "resnet20", "svhn": "resnet20"}
+DEFAULT_OPTIMIZERS = {None: "psisgd", "householder": "sgd", "stiefel": "riemannian-sgd"}  # by form of the layers
+CHANNELS, CLASSES = {"digits": 1, "mnist": 1, "cifar10": 3, "svhn": 3}, 10
 EXAMPLES = 32  # images to measure a network with
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides the result of a run, as kept in config.json."""
+    """All that decides the result of a run, as kept in config.json.
+
+    What has a default here came later than the first runs, whose config.json lacks it.
+    """
 
     data: str
     data_dir: str | None
@@ -49,6 +55,11 @@ class Config:
     device: str
     threads: int
     amp: bool
+    factorize: str | None = None
+    rank: int | None = None
+    spectrum: str | None = None
+    form: str | None = None
+    skip: str | None = None
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,9 +71,10 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve(options: Mapping[str, Any]) -> Config:
-    """The options with their defaults filled in. ValueError for a name that is unknown."""
-    chosen = plain(options)
+    """The options with their defaults filled in. ValueError for a name that is unknown, or what cannot be combined."""
+    chosen = fill_in(plain(options))
     chosen["model"] = chosen["model"] or DEFAULT_MODELS.get(chosen["data"])
+    chosen["optimizer"] = chosen["optimizer"] or DEFAULT_OPTIMIZERS[chosen["form"]]
     names = {"data": DATASETS, "optimizer": optimizers.OPTIMIZERS, "schedule": SCHEDULES, "model": MODELS}
     for option, allowed in names.items():
         if chosen[option] not in allowed:
@@ -71,7 +83,7 @@ def resolve(options: Mapping[str, Any]) -> Config:
     defaults = {
         "lr": choice.lr,
         "augment": chosen["data"] == "cifar10",
-        "canonical": choice.manifold == "psi",
+        "canonical": choice.manifold in ("psi", "any") and chosen["factorize"] is None,
         "threads": torch.get_num_threads(),
     }
     return Config(**{**chosen, **{name: value for name, value in defaults.items() if chosen[name] is None}})
@@ -87,7 +99,8 @@ def read_config(run: Run, moved: Mapping[str, Any]) -> Config:
 
 def default_folder(config: Config) -> Path:
     """Where a run goes that names no folder."""
-    return Path("runs") / f"{config.data}-{config.model}-{config.optimizer}-{config.seed}"
+    layers = f"{config.factorize}{config.rank}-" if config.factorize else ""
+    return Path("runs") / f"{config.data}-{config.model}-{layers}{config.optimizer}-{config.seed}"
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -136,7 +149,7 @@ def usable_device(name: str) -> torch.device:
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
     """The network, tried on a few images, so that a size it cannot take is an error that says so."""
     channels, height, width = dataset.image_shape
-    model = MODELS[config.model](num_classes=len(dataset.classes), in_channels=channels)
+    model: nn.Module = MODELS[config.model](num_classes=len(dataset.classes), in_channels=channels)
     spread = max(1, len(dataset.train_images) // EXAMPLES)  # images may be sorted by class
     example = dataset.normalizer()(dataset.train_images[::spread][:EXAMPLES])
     try:
@@ -149,4 +162,27 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
         ) from error
     if config.canonical:
         scale_invariant_groups(model, example, canonical=True)
+    return factorized(config, model)
+
+
+def factorized(config: Config, model: nn.Module) -> nn.Module:
+    """The network with its layers factored in place, if the run asks for it."""
+    layers = Factorization.of(asdict(config))
+    if layers is not None:
+        layers.apply(model)
+    return model
+
+
+def load_model(run: Run) -> nn.Module:
+    """The network of a run as its last checkpoint left it; needs no data.
+
+    Raises:
+        ValueError: the folder holds no run of `retract train`, or no checkpoint yet.
+    """
+    config = read_config(run, {})
+    state = run.load_checkpoint()
+    if state is None:
+        raise ValueError(f"{run.folder} has no checkpoint yet")
+    model = factorized(config, MODELS[config.model](num_classes=CLASSES, in_channels=CHANNELS[config.data]))
+    model.load_state_dict(state["model"])
     return model

@@ -1,4 +1,4 @@
-"""``retract inspect MODEL``: which weights of a network are scale-invariant, as a table or as JSON."""
+"""``retract inspect MODEL``: which weights of a network are scale-invariant, or the spectra of its layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect_command", "invariance_table"]
 
+LAYERS = {"rich_help_panel": "Factored layers"}
 _ANSWER = {
     "filter": "per filter",
     "group": "per group",
@@ -34,7 +36,8 @@ def inspect_command(
         typer.Argument(
             metavar="MODEL",
             help="A model of the zoo (resnet20, ...), path/to/file.py:NAME or package.module:NAME. NAME is a "
-            "torch module, or a callable that returns one, or returns a pair (module, example_input).",
+            "torch module, or a callable that returns one, or returns a pair (module, example_input). "
+            "With --spectra also the folder of a run.",
         ),
     ],
     input_shape: Annotated[
@@ -43,8 +46,39 @@ def inspect_command(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs in the batch, drawn from a standard normal law.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    spectra: Annotated[
+        bool,
+        typer.Option(
+            "--spectra", help="Show ranks, degrees of freedom, cost and singular values of the layers instead."
+        ),
+    ] = False,
+    factorize: Annotated[
+        str | None,
+        typer.Option(help="With --spectra, factor the layers first: svdp or sttp.", metavar="NAME", **LAYERS),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="As for `retract train`.", metavar="R", **LAYERS)] = None,
+    spectrum: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="NAME", **LAYERS)] = None,
+    form: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="NAME", **LAYERS)] = None,
+    skip: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="PATTERNS", **LAYERS)] = None,
 ) -> None:
-    """Show which parameters can be rescaled without changing the network: those that PSI optimizers turn."""
+    """Show which parameters can be rescaled without changing the network: those that PSI optimizers turn.
+
+    With --spectra, show what its layers hold and cost, and their largest and smallest singular values.
+
+    For example:
+
+    retract inspect resnet20
+
+    retract inspect resnet20 --spectra --factorize sttp --rank 16 --skip conv1,fc
+
+    retract inspect --spectra runs/digits-digitsnet-svdp8-sgd-0
+    """
+    options = {"factorize": factorize, "rank": rank, "spectrum": spectrum, "form": form, "skip": skip}
+    if spectra:
+        typer.echo(_spectra(model, options, as_json))
+        return
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise typer.BadParameter("means something only with --spectra", param_hint=" and ".join(given))
     from rich.console import Console
 
     from retract.nets import find_scale_invariant
@@ -57,6 +91,30 @@ def inspect_command(
             Console().print(invariance_table(network, example_input, title=model))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="MODEL") from error
+
+
+def _spectra(spec: str, options: dict[str, Any], as_json: bool) -> str:
+    """What `retract.nets.summary` says of a model, factored as the options say, or of a run's: a table or JSON."""
+    from retract.nets.summary import summary
+
+    from .experiment import load_model
+    from .factorization import Factorization, fill_in
+    from .runs import Run
+
+    layers = Factorization.of(fill_in(options))
+    if Path(spec).is_dir():
+        if layers is not None:
+            raise typer.BadParameter("the layers of a run are as they are", param_hint="--factorize")
+        network = load_model(Run.open(spec))
+    else:
+        network, _ = _model(spec)
+        if layers is not None:
+            layers.apply(network)
+    found = summary(network)
+    if not as_json:
+        return str(found)
+    totals = {"degrees_of_freedom": found.degrees_of_freedom, "elements": found.elements, "z": found.compression}
+    return json.dumps({"layers": [asdict(layer) for layer in found.layers], **totals}, indent=2)
 
 
 def invariance_table(model: nn.Module, example_input: Any, title: str | None = None) -> Table:
@@ -123,20 +181,26 @@ def _model_and_input(spec: str, input_shape: str | None, batch: int) -> tuple[nn
 
     from retract.nets import cnn
 
-    shape = None if input_shape is None else _shape(input_shape)
-    if spec in cnn.MODELS:
-        made: Any = cnn.MODELS[spec]()
-        shape = shape or cnn.INPUT_SHAPES[spec]
-    else:
-        made = _made(spec)
-    model, example_input = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, torch.nn.Module):
-        raise typer.BadParameter(f"{spec} gave a {type(model).__name__}, not a torch.nn.Module", param_hint="MODEL")
+    shape = cnn.INPUT_SHAPES.get(spec) if input_shape is None else _shape(input_shape)
+    model, example_input = _model(spec)
     if shape is not None:
         example_input = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
     if example_input is None:
         raise typer.BadParameter(f"{spec} has no default input: say --input-shape 3,32,32", param_hint="--input-shape")
     return model, example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def _model(spec: str) -> tuple[nn.Module, Any]:
+    """The network that a specification names, and the example input if it brings one."""
+    import torch
+
+    from retract.nets import cnn
+
+    made = cnn.MODELS[spec]() if spec in cnn.MODELS else _made(spec)
+    model, example_input = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, torch.nn.Module):
+        raise typer.BadParameter(f"{spec} gave a {type(model).__name__}, not a torch.nn.Module", param_hint="MODEL")
+    return model, example_input
 
 
 def _shape(text: str) -> tuple[int, ...]:

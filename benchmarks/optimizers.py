@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retract.nets.parametrizations import spectral_groups, spectral_weights
+
 __all__ = ["OPTIMIZERS", "Choice", "build"]
 
 Groups = list[dict[str, Any]]
@@ -27,7 +29,8 @@ class Choice:
     ``arguments(momentum, weight_decay)``, the keywords by which it takes what all have in common.
 
     ``manifold`` says what its scale-invariant weights are to it: "psi" (their group carries the manifold),
-    "sphere" (each filter is a unit vector), or None (weights like all others).
+    "any" (the same, and it moves points of every other manifold too), "sphere" (each filter is a unit vector),
+    or None (weights like all others).
     """
 
     module: str
@@ -73,6 +76,7 @@ OPTIMIZERS: dict[str, Choice] = {
         "retract.optim", "PSIAngular", "each filter turns by the learning rate", 0.015, _sgd_like, "psi"
     ),
     "psiadam": Choice("retract.optim", "PSIAdam", "one second moment per filter", 0.1, _filter_adam, "psi"),
+    "riemannian-sgd": Choice("retract.optim", "RiemannianSGD", "SGD on any manifold", 0.1, _sgd_like, "any"),
 }
 
 
@@ -95,17 +99,18 @@ def build(
         name: a key of :data:`OPTIMIZERS`.
         model: its ``manifold_groups()`` says which weights are scale-invariant; without it they are measured.
         example_input: a batch of two or more to measure with; needless for a model with
-            ``manifold_groups()``.
+            ``manifold_groups()`` or with factored layers.
         lr: learning rate; None for the optimizer's own default.
         momentum: of the methods that have one; the first beta of the Adam family.
         weight_decay: of all weights, for a Euclidean method. A method on a manifold gets it for the other
-            weights alone, since on the manifold decay changes nothing.
-        euclidean_lr: learning rate of the weights that are not scale-invariant. None for the optimizer's own
-            default (0.3 for psiangular and psiadam), or else ``lr``.
+            weights alone, since on the manifold decay changes nothing. Householder coordinates get it like other
+            weights: it keeps their reflectors short, and with them the chart well conditioned.
+        euclidean_lr: learning rate of the weights that are not scale-invariant; in a model with SVDP or STTP
+            layers, of all but these layers' weights. None for the optimizer's own default (0.3 for psiangular
+            and psiadam), or else ``lr``.
 
     Raises:
-        ValueError: an unknown name, a number out of range, or no scale-invariant weight for a method on a
-            manifold.
+        ValueError: an unknown name, a number out of range, or no weight for a method on a manifold.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
@@ -116,38 +121,63 @@ def build(
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{argument} must be finite and at least 0, got {value}")
 
-    groups: Groups = [{"params": list(model.parameters())}]
-    if choice.manifold is not None or euclidean_lr is not None:
-        groups = _manifold_groups(model, example_input)
-    if choice.manifold is not None and not any(map(_is_invariant, groups)):
-        raise ValueError(f"{name} needs scale-invariant weights, and {type(model).__name__} has none")
-    for group in groups:
-        if not _is_invariant(group) and euclidean_lr is not None:
+    tuned: Groups = []
+    others: Groups = [{"params": list(model.parameters())}]
+    if any(spectral_weights(model)):
+        tuned, others = _factored(name, model)
+    elif choice.manifold is not None or euclidean_lr is not None:
+        tuned, others = _scale_invariant(name, model, example_input)
+    if euclidean_lr is not None:
+        for group in others:
             group["lr"] = euclidean_lr
-        if _is_invariant(group) and choice.manifold is not None and weight_decay:
+    if choice.manifold is not None and weight_decay:
+        for group in tuned:
             group["weight_decay"] = 0.0
     if choice.manifold == "sphere":
-        _put_on_spheres(groups)
-    if choice.manifold != "psi":
+        _put_on_spheres(tuned)
+    groups = tuned + others
+    if choice.manifold not in ("psi", "any"):
         groups = [_euclidean(group) for group in groups]
     optimizer_class = getattr(import_module(choice.module), choice.name)
     optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=lr, **choice.arguments(momentum, weight_decay))
     return optimizer
 
 
-def _manifold_groups(model: nn.Module, example_input: Tensor | None) -> Groups:
+def _scale_invariant(name: str, model: nn.Module, example_input: Tensor | None) -> tuple[Groups, Groups]:
+    """(groups of scale-invariant weights, with their manifolds; the group of all others)."""
     if hasattr(model, "manifold_groups"):
         zoo_model: Any = model
-        return list(zoo_model.manifold_groups())
-    if example_input is None:
+        groups: Groups = list(zoo_model.manifold_groups())
+    elif example_input is None:
         raise ValueError(f"example_input is needed: {type(model).__name__} has no manifold_groups()")
-    from retract.nets import scale_invariant_groups
+    else:
+        from retract.nets import scale_invariant_groups
 
-    return scale_invariant_groups(model, example_input)
+        groups = scale_invariant_groups(model, example_input)
+    invariant = [group for group in groups if "manifold" in group]
+    if OPTIMIZERS[name].manifold is not None and not invariant:
+        raise ValueError(f"{name} needs scale-invariant weights, and {type(model).__name__} has none")
+    return invariant, [group for group in groups if "manifold" not in group]
 
 
-def _is_invariant(group: dict[str, Any]) -> bool:
-    return group.get("manifold") is not None
+def _factored(name: str, model: nn.Module) -> tuple[Groups, Groups]:
+    """(groups of the weights of SVDP and STTP layers, with manifolds where they have one; the group of all others)."""
+    moves = OPTIMIZERS[name].manifold
+    if moves in ("psi", "sphere"):
+        raise ValueError(
+            f"{name} turns scale-invariant filters, and factored layers have none: use sgd or riemannian-sgd"
+        )
+    points = [group for group in spectral_groups(model) if "manifold" in group]
+    if points and moves is None:
+        raise ValueError(f"{name} would leave the Stiefel manifold: use riemannian-sgd, or the householder form")
+    if not points and moves is not None:
+        raise ValueError(
+            f"{name} needs weights on a manifold; the householder form has none: use sgd, or the stiefel form"
+        )
+    factored = {id(weight) for _, _, weights in spectral_weights(model) for weight in weights}
+    own = [entry for entry in model.named_parameters() if id(entry[1]) in factored]
+    others = [entry for entry in model.named_parameters() if id(entry[1]) not in factored]
+    return points or [{"params": own}], [{"params": others}] if others else []
 
 
 def _tensors(group: dict[str, Any]) -> list[Tensor]:
@@ -167,7 +197,7 @@ def _put_on_spheres(groups: Groups) -> None:
 
     from retract.manifolds import PSI, Oblique
 
-    for group in filter(_is_invariant, groups):
+    for group in groups:
         if str(group["manifold"]) != str(PSI()):
             raise ValueError(
                 f"geoopt-sphere knows one scale per filter, and this model has weights on {group['manifold']}"

@@ -74,13 +74,28 @@ class Run:
             raise ValueError(f"{path} is damaged: {error}") from error
         return cls(Path(folder), config)
 
+    @classmethod
+    def open_or_create(cls, folder: str | Path, config: Mapping[str, Any]) -> Run:
+        """The run of these options in a folder, begun now if the folder holds none.
+
+        Raises:
+            ValueError: it holds a run of other options, or a damaged one.
+        """
+        if not (Path(folder) / CONFIG).exists():
+            return cls.create(folder, config)
+        run = cls.open(folder)
+        run.require_same(config)
+        return run
+
     def require_same(self, options: Mapping[str, Any]) -> None:
-        """Raise a ValueError that names the first option that differs from the run's own."""
+        """Raise a ValueError that names the first option that differs from the run's own.
+
+        An option younger than the run counts as one that was not given.
+        """
         for name, value in options.items():
-            if name in self.config and self.config[name] != value:
+            if (own := self.config.get(name)) != value:
                 raise ValueError(
-                    f"{self.folder} was run with {name} = {self.config[name]!r}, not {value!r}: "
-                    "a resumed run keeps its options"
+                    f"{self.folder} was run with {name} = {own!r}, not {value!r}: a resumed run keeps its options"
                 )
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -107,6 +122,10 @@ class Run:
         """
         with _replacing(self.folder / CHECKPOINT) as partial:
             torch.save({"state": dict(state), "metrics_lines": self._lines}, partial)
+
+    def remove_checkpoint(self) -> None:
+        """Give back the room of a checkpoint that nobody will need."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the last checkpoint, None before the first; metrics written after it are removed.

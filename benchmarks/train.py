@@ -21,6 +21,7 @@ MAY_CHANGE = ("data_dir",)  # the same data may have moved; their fingerprint te
 # Panels of the help.
 DATA = {"rich_help_panel": "Data"}
 METHOD = {"rich_help_panel": "Network and optimizer"}
+LAYERS = {"rich_help_panel": "Factored layers"}
 LOOP = {"rich_help_panel": "Training"}
 RUN = {"rich_help_panel": "Run"}
 
@@ -67,18 +68,54 @@ def train_command(
         bool | None,
         typer.Option(
             "--canonical/--no-canonical",
-            help="Bring every scale-invariant filter to one norm first; outputs stay. Default: for psi*.",
+            help="Bring every scale-invariant filter to one norm first; outputs stay. "
+            "Default: for psi* and riemannian-sgd, unless layers are factored.",
             **METHOD,
         ),
     ] = None,
-    optimizer: Annotated[
-        str,
+    factorize: Annotated[
+        str | None,
         typer.Option(
-            help="sgd, nesterov, adamw, sgdp, adamp, geoopt-sphere, psisgd, psigd, psiangular or psiadam.",
+            help="svdp: every weight becomes U diag(s) V^T; sttp: and its frames U, V tensor trains. Default: dense.",
+            metavar="NAME",
+            **LAYERS,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank of the factored layers; of a smaller one, what it has.", metavar="R", **LAYERS),
+    ] = None,
+    spectrum: Annotated[
+        str | None,
+        typer.Option(
+            help="Singular values: identity (all 1), free, lipschitz (the largest 1), bounded (0.1 to 1). "
+            "Default: free.",
+            metavar="NAME",
+            **LAYERS,
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="householder: coordinates for any Euclidean optimizer; stiefel: orthonormal frames for "
+            "riemannian-sgd. Default: householder.",
+            metavar="NAME",
+            **LAYERS,
+        ),
+    ] = None,
+    skip: Annotated[
+        str | None,
+        typer.Option(help="Layers that stay dense, such as 'conv1,fc' or 'layer1.*'.", metavar="PATTERNS", **LAYERS),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="sgd, nesterov, adamw, sgdp, adamp, geoopt-sphere, psisgd, psigd, psiangular, psiadam or "
+            "riemannian-sgd. Default: psisgd; with --factorize sgd, in stiefel form riemannian-sgd.",
             metavar="NAME",
             **METHOD,
         ),
-    ] = "psisgd",
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -92,7 +129,7 @@ def train_command(
     euclidean_lr: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate of the weights that are not scale-invariant. Worth tuning apart. "
+            help="Learning rate of the weights that are not scale-invariant or factored. Worth tuning apart. "
             "Default: as --lr; psiangular, psiadam 0.3.",
             metavar="X",
             **METHOD,
@@ -104,7 +141,7 @@ def train_command(
     weight_decay: Annotated[
         float,
         typer.Option(
-            help="Of all weights; for psi* and geoopt-sphere, of those that are not scale-invariant.",
+            help="Of all weights; for psi*, geoopt-sphere and riemannian-sgd, of those on no manifold.",
             metavar="X",
             **METHOD,
         ),
@@ -137,7 +174,12 @@ def train_command(
     amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.", **LOOP)] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Run folder. Default: runs/DATA-MODEL-OPTIMIZER-SEED.", metavar="FOLDER", **RUN),
+        typer.Option(
+            help="Run folder. Default: runs/DATA-MODEL-OPTIMIZER-SEED, with factored layers as in "
+            "runs/digits-digitsnet-svdp8-sgd-0.",
+            metavar="FOLDER",
+            **RUN,
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.", **RUN)] = False,
     resume: Annotated[
@@ -160,6 +202,8 @@ def train_command(
     retract train --data cifar10 --data-dir ~/data --optimizer psiangular --euclidean-lr 0.3
 
     retract train --resume runs/cifar10-resnet20-psiangular-0
+
+    retract train --factorize sttp --rank 8 --spectrum lipschitz --form stiefel --skip fc
     """
     from .experiment import Config, build_trainer, default_folder, plain, read_config, resolve
     from .runs import Run
@@ -193,6 +237,7 @@ def _fit(trainer: Trainer, run: Run) -> None:
     """Train with a progress bar, then print the summary; after an interruption, how to go on."""
     from rich.console import Console
 
+    from .factorization import Factorization, cost
     from .progress import TrainingProgress
     from .runs import Interrupted
 
@@ -205,6 +250,8 @@ def _fit(trainer: Trainer, run: Run) -> None:
         console.print(f"  retract train --resume {shlex.quote(str(run.folder))}", soft_wrap=True, highlight=False)
         raise typer.Exit(128 + interruption.signum) from None
     console.print(summary(run))
+    if (layers := Factorization.of(run.config)) is not None:
+        console.print(f"{layers}: {cost(trainer.model)}", soft_wrap=True, highlight=False)
     console.print(f"Run folder: {run.folder.resolve()}", soft_wrap=True, highlight=False)
 
 

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from retract.nets.parametrizations import shared_frames
+
 from .data import Dataset, pad_crop_flip
 from .runs import Interrupted, Run, Stop, stop_on_signal
 
 __all__ = ["SCHEDULES", "DivergedError", "Trainer", "schedule_factor"]
 
 EVAL_BATCH = 1000
+# What optimizers raise that look at their gradients, and linear algebra.
+NOT_FINITE = (FloatingPointError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in torch's __all__
 STEPS_BETWEEN_CHECKS = 50  # looking at a loss waits for the GPU
 
 # Factor of the learning rate at a fraction of the steps after the warm-up.
@@ -73,6 +77,7 @@ class Trainer:
         seed: of the order of the images and of the augmentation.
         device: "cpu", "cuda", ...
         amp: compute the forward pass in bfloat16 where torch deems that safe.
+        test_every: epochs from one look at the test images to the next; the last epoch always has one.
     """
 
     def __init__(
@@ -90,14 +95,16 @@ class Trainer:
         seed: int = 0,
         device: str | torch.device = "cpu",
         amp: bool = False,
+        test_every: int = 1,
     ) -> None:
-        if epochs < 1 or batch_size < 1:
-            raise ValueError(f"epochs and batch size must be at least 1, got {epochs} and {batch_size}")
+        if min(epochs, batch_size, test_every) < 1:
+            given = f"{epochs}, {batch_size} and {test_every}"
+            raise ValueError(f"epochs, batch size and test_every must be at least 1, got {given}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label smoothing must be in [0, 1), got {label_smoothing}")
         self.device = torch.device(device)
         self.model, self.optimizer, self.data = model.to(self.device), optimizer, data
-        self.epochs = epochs
+        self.epochs, self.test_every = epochs, test_every
         self.batch_size = min(batch_size, len(data.train_labels))
         self.label_smoothing, self.augment, self.amp = label_smoothing, augment, amp
 
@@ -170,7 +177,7 @@ class Trainer:
             padding = max(1, images.shape[2] // 8)
             images = pad_crop_flip(images, padding=padding, flip=self.data.flip, generator=self.generator)
         self.optimizer.zero_grad()
-        with self._autocast():
+        with shared_frames(self.model), self._autocast():
             logits = self._logits(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         loss.backward()
@@ -179,7 +186,7 @@ class Trainer:
         self.step += 1
         try:
             self.optimizer.step()
-        except FloatingPointError as error:  # an optimizer that looks at its gradients
+        except NOT_FINITE as error:
             raise self._diverged(self.step, str(error)) from error
         self.scheduler.step()
 
@@ -192,22 +199,28 @@ class Trainer:
 
     def _finish_epoch(self, stop: Stop) -> dict[str, Any]:
         last_step = (self.epoch + 1) * self.steps_per_epoch - 1
-        test_loss, test_accuracy = self.evaluate(stop)
-        if not math.isfinite(test_loss):
-            raise self._diverged(self.step, f"the test loss is {test_loss}")
         record = {
             "epoch": self.epoch + 1,
             "step": last_step + 1,
             "train_loss": self.losses.double().mean().item(),
             "train_accuracy": self.correct.item() / (self.steps_per_epoch * self.batch_size),
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **self._test_results(stop),
             "learning_rates": [rate * self._factor(last_step) for rate in self.scheduler.base_lrs],
             "seconds": round(self.seconds, 3),
         }
         self.epoch += 1
         self._begin_epoch()
         return record
+
+    def _test_results(self, stop: Stop) -> dict[str, float]:
+        """Loss and accuracy on the test images; nothing after an epoch that is not to be tested."""
+        finished = self.epoch + 1
+        if finished % self.test_every and finished < self.epochs:
+            return {}
+        loss, accuracy = self.evaluate(stop)
+        if not math.isfinite(loss):
+            raise self._diverged(self.step, f"the test loss is {loss}")
+        return {"test_loss": loss, "test_accuracy": accuracy}
 
     def _require_finite(self) -> None:
         finite = self.losses[: self.step].isfinite()
@@ -231,13 +244,14 @@ class Trainer:
         images, labels = self._test
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for batch, target in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True):
-            with self._autocast():
-                logits = self._logits(batch)
-            loss += F.cross_entropy(logits.float(), target, reduction="sum")
-            correct += (logits.argmax(1) == target).sum()
-            if stop is not None:
-                stop.check()
+        with shared_frames(self.model):
+            for batch, target in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True):
+                with self._autocast():
+                    logits = self._logits(batch)
+                loss += F.cross_entropy(logits.float(), target, reduction="sum")
+                correct += (logits.argmax(1) == target).sum()
+                if stop is not None:
+                    stop.check()
         return loss.item() / len(labels), correct.item() / len(labels)
 
     def _autocast(self) -> torch.autocast:

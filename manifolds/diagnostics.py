@@ -4,6 +4,9 @@ They take any object with geoopt's verbs and a point, one tensor or a tuple of t
 compute in float64. Orders are slopes of log(error) over log(step), as in Manopt's ``checkmanifold``,
 ``checkretraction`` and ``checkgradient`` (Boumal et al., JMLR 2014); here they end in a verdict for tests.
 
+A manifold may offer ``embed(point)``, a tensor that the point stands for (the matrix of its factors), with the
+Euclidean metric of that tensor. Its points are then compared by that, its vectors by its differential.
+
     >>> from retract.manifolds import Stiefel, diagnostics
     >>> bool(diagnostics.check_manifold(Stiefel(), (6, 3)))
     True
@@ -20,10 +23,12 @@ import torch
 from torch import Tensor
 
 from .equivariance import check_gauge
-from .factored import Point, combine, distance, flatten, random_like, scale
+from .factored import Point, combine, distance, flatten, random_like, scale, size
 from .probes import (
+    along,
     arbitrary_cost,
     departure,
+    image,
     inner,
     matrix_of,
     offered,
@@ -31,6 +36,7 @@ from .probes import (
     start,
     tangent,
     value_and_gradient,
+    velocity,
 )
 from .reports import Findings, ManifoldReport, Report
 from .slopes import slope_of
@@ -61,8 +67,8 @@ def check_tangency(manifold: Any, x: Point, *, seed: int = 0, tol: float = 1e-9)
     report = Findings("tangency")
     for verb in ("proju", "egrad2rgrad"):
         u = getattr(manifold, verb)(x, random_like(x, generator))
-        u = scale(1 / max(distance(u, scale(0.0, u)), 1e-300), u)
-        report.slope(f"{verb} slope", slope_of(partial(departure, manifold, x, u), noise=rounding(x)), 2)
+        u = scale(1 / max(size(velocity(manifold, x, u)), 1e-300), u)
+        report.slope(f"{verb} slope", slope_of(partial(departure, manifold, x, u), noise=rounding(manifold, x)), 2)
         _own_test(report, f"{verb} passes", manifold, "check_vector_on_tangent", x, u, tol=tol)
     y = manifold.retr(x, tangent(manifold, x, generator))
     _own_test(report, "retr passes", manifold, "check_point_on_manifold", y, tol=tol)
@@ -75,11 +81,12 @@ def check_projection(manifold: Any, x: Point, *, seed: int = 0, tol: float = 1e-
     report = Findings("projection")
     u, v = random_like(x, generator), random_like(x, generator)
     pu, pv = manifold.proju(x, u), manifold.proju(x, v)
-    report.error("idempotence", distance(manifold.proju(x, pu), pu), tol)
+    at_x = partial(velocity, manifold, x)
+    report.error("idempotence", distance(at_x(manifold.proju(x, pu)), at_x(pu)), tol)
     together = manifold.proju(x, combine(2.0, u, -3.0, v))
-    report.error("linearity", distance(together, combine(2.0, pu, -3.0, pv)), tol)
+    report.error("linearity", distance(at_x(together), at_x(combine(2.0, pu, -3.0, pv))), tol)
     report.error("self-adjointness", abs(inner(manifold, x, pu, v) - inner(manifold, x, u, pv)), tol)
-    report.error("projx of a point", distance(manifold.projx(x), x), tol)
+    report.error("projx of a point", distance(image(manifold, manifold.projx(x)), image(manifold, x)), tol)
     return report.done()
 
 
@@ -88,28 +95,36 @@ def check_retraction(
 ) -> Report:
     """`retr` starts at x with velocity u (slope 2 against ``x + t u``) and follows the geodesic to its order.
 
-    That is slope 2 against `expmap` for ``order=1``, 3 for ``order=2``, which needs an `expmap` to be told.
+    That is slope 2 against `expmap` for ``order=1``, 3 for ``order=2``, which needs an `expmap` to be told. A manifold
+    with ``embed`` needs none: its geodesics have no tangential acceleration, so it is the slope of the tangential
+    part of embed(retr(x, t u)) - embed(x) - t d embed(u).
     """
     x, generator = start(x, seed)
     report = Findings("retraction")
     u = tangent(manifold, x, generator)
+    here, direction = image(manifold, x), velocity(manifold, x, u)
 
-    def slope_against(curve: Callable[[Point], Point], order: int, axes: Any) -> float:
-        def error(t: float) -> float:
-            return distance(manifold.retr(x, scale(t, u)), curve(scale(t, u)))
+    def off_line(t: float) -> Tensor:
+        return image(manifold, manifold.retr(x, scale(t, u))) - (here + t * direction)
 
-        return slope_of(error, noise=rounding(x), plot=axes, expected=order + 1)
+    def off_geodesic(t: float) -> Tensor:
+        step = scale(t, u)
+        return image(manifold, manifold.retr(x, step)) - image(manifold, manifold.expmap(x, step))
 
-    report.error("retr of zero", distance(manifold.retr(x, scale(0.0, u)), x), tol)
-    has_geodesic = offered(manifold, "expmap", x, u) is not None
-    straight = slope_against(lambda v: combine(1.0, x, 1.0, v), 1, None if has_geodesic else plot)
-    report.slope("slope of retr - (x + t u)", straight, 2)
-    if has_geodesic:
-        geodesic = slope_against(partial(manifold.expmap, x), order, plot)
-        report.slope("slope of retr - expmap", geodesic, order + 1)
+    references = [("slope of retr - (x + t u)", off_line, 1)]
+    if offered(manifold, "expmap", x, u) is not None:
+        references.append(("slope of retr - expmap", off_geodesic, order))
+    elif hasattr(manifold, "embed"):
+        references.append(("slope of its tangential part", lambda t: along(manifold, x, off_line(t)), order))
     else:
         report.note = "no expmap"
         report.add("order", 1, order == 1)
+    report.error("retr of zero", distance(image(manifold, manifold.retr(x, scale(0.0, u))), here), tol)
+    for name, difference, claimed in references:
+        axes = plot if name == references[-1][0] else None
+        errors = partial(_size_of, difference)
+        slope = slope_of(errors, noise=rounding(manifold, x), plot=axes, expected=claimed + 1)
+        report.slope(name, slope, claimed + 1)
     return report.done()
 
 
@@ -143,12 +158,12 @@ def check_gradient(
     """`egrad2rgrad` represents the differential in the metric.
 
     Its product with a tangent vector u is the directional derivative, and the remainder
-    f(retr(x, t u)) - f(x) - t <grad f, u> has slope 2. ``cost`` maps a point to a scalar; the default is
-    smooth and arbitrary.
+    f(retr(x, t u)) - f(x) - t <grad f, u> has slope 2. ``cost`` maps a point to a scalar, of a manifold with ``embed``
+    a function of that; the default is smooth and arbitrary.
     """
     x, generator = start(x, seed)
     report = Findings("gradient")
-    cost = cost or arbitrary_cost(x, generator)
+    cost = cost or arbitrary_cost(manifold, x, generator)
     value, gradient = value_and_gradient(cost, x)
     u = tangent(manifold, x, generator)
     slope = inner(manifold, x, manifold.egrad2rgrad(x, gradient), u)
@@ -157,7 +172,7 @@ def check_gradient(
         return abs(float(cost(manifold.retr(x, scale(t, u)))) - value - t * slope)
 
     report.error("directional derivative", abs(slope - float(flatten(gradient) @ flatten(u))), tol)
-    noise = rounding(x) * (1 + abs(value))
+    noise = rounding(manifold, x) * (1 + abs(value))
     report.slope("slope", slope_of(error, noise=noise, plot=plot, expected=2), 2)
     return report.done()
 
@@ -171,19 +186,23 @@ def check_transport(manifold: Any, x: Point, *, isometric: bool = False, seed: i
     x, generator = start(x, seed)
     report = Findings("transport")
     u, v, w = (tangent(manifold, x, generator) for _ in range(3))
-    y = manifold.retr(x, u)
+    y, none = manifold.retr(x, u), scale(0.0, u)
+    at_y = partial(velocity, manifold, y)
     transports: dict[str, Callable[[Point, Point], Point]] = {
         "retr_transp": lambda step, vector: manifold.retr_transp(x, step, vector)[1],
     }
     if offered(manifold, "transp", x, y, v) is not None:
         transports["transp"] = lambda step, vector: manifold.transp(x, manifold.retr(x, step), vector)
-    report.error("retr_transp's point", distance(manifold.retr_transp(x, u, v)[0], y), tol)
+    moved = image(manifold, manifold.retr_transp(x, u, v)[0])
+    report.error("retr_transp's point", distance(moved, image(manifold, y)), tol)
     for name, transport in transports.items():
         tv, tw = transport(u, v), transport(u, w)
-        report.error(f"{name} tangency", distance(manifold.proju(y, tv), tv), tol)
+        _own_test(report, f"{name} passes", manifold, "check_vector_on_tangent", y, tv, tol=tol)
+        report.error(f"{name} tangency", distance(at_y(manifold.proju(y, tv)), at_y(tv)), tol)
         together = transport(u, combine(2.0, v, -3.0, w))
-        report.error(f"{name} linearity", distance(together, combine(2.0, tv, -3.0, tw)), tol)
-        report.error(f"{name} on the spot", distance(transport(scale(0.0, u), v), v), tol)
+        report.error(f"{name} linearity", distance(at_y(together), at_y(combine(2.0, tv, -3.0, tw))), tol)
+        stayed = velocity(manifold, manifold.retr(x, none), transport(none, v))
+        report.error(f"{name} on the spot", distance(stayed, velocity(manifold, x, v)), tol)
         change = abs(inner(manifold, y, tv, tw) - inner(manifold, x, v, w))
         change = max(change, abs(inner(manifold, y, tv, tv) - inner(manifold, x, v, v)))
         report.add(f"{name} isometry", change, not isometric or change <= tol)
@@ -203,7 +222,7 @@ def check_logarithm(manifold: Any, x: Point, *, seed: int = 0, tol: float = 1e-7
     if log is None and length is None:
         return report.skipped("neither logmap nor dist")
     if log is not None:
-        report.error("log of exp", distance(log, u), tol)
+        report.error("log of exp", distance(velocity(manifold, x, log), velocity(manifold, x, u)), tol)
     if length is not None:
         squared = float(torch.as_tensor(length).square().sum())
         report.error("dist", abs(math.sqrt(squared) - math.sqrt(inner(manifold, x, u, u))), tol)
@@ -214,7 +233,8 @@ def check_dimension(manifold: Any, x: Point, expected: int | None = None) -> Rep
     """The rank of `proju` as a matrix is ``manifold.dimension(shape)``, or ``expected``. For small shapes."""
     x, _ = start(x, 0)
     report = Findings("dimension")
-    rank = int(torch.linalg.matrix_rank(matrix_of(lambda u: manifold.proju(x, u), x), rtol=1e-8))
+    projection = matrix_of(lambda u: velocity(manifold, x, manifold.proju(x, u)), x)
+    rank = int(torch.linalg.matrix_rank(projection, rtol=1e-8))
     if expected is None:
         shape = tuple(x.shape) if isinstance(x, Tensor) else tuple(tuple(t.shape) for t in x)
         expected = offered(manifold, "dimension", shape)
@@ -264,6 +284,10 @@ def check_manifold(
         check_dimension(manifold, point),
     )
     return ManifoldReport(str(manifold), reports)
+
+
+def _size_of(difference: Callable[[float], Tensor], t: float) -> float:
+    return size(difference(t))
 
 
 def _own_test(report: Findings, name: str, manifold: Any, verb: str, *arguments: Point, tol: float) -> None:

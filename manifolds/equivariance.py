@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .factored import Point, distance, flatten, random_like, scale, unflatten
-from .probes import inner, matrix_of, offered, start, tangent
+from .factored import Point, distance, flatten, random_like, scale, size, unflatten
+from .probes import arbitrary_cost, image, inner, matrix_of, offered, start, tangent, value_and_gradient, velocity
 from .reports import Findings, Report
 
 __all__ = ["check_gauge"]
@@ -18,7 +20,8 @@ def check_gauge(manifold: Any, x: Point, element: Any = None, *, seed: int = 0, 
     """Every verb is equivariant under ``manifold.act(point_or_vector, element)``; the metric is invariant.
 
     ``element`` may be left out for a manifold of ``num_scales`` positive factors (`PSI`). A Euclidean
-    gradient transforms by the inverse adjoint of the action, solved for densely: use small shapes.
+    gradient transforms by the inverse adjoint of the action, solved for densely: use small shapes. Of a manifold
+    with ``embed``, the action keeps what points and vectors stand for, and that is compared.
     """
     x, generator = start(x, seed)
     report = Findings("gauge")
@@ -37,25 +40,41 @@ def check_gauge(manifold: Any, x: Point, element: Any = None, *, seed: int = 0, 
     z = act(x)
     ambient = random_like(x, generator)
     u, v = tangent(manifold, x, generator), scale(0.5, tangent(manifold, x, generator))
-    gradient = unflatten(torch.linalg.solve(matrix_of(act, x).mT, flatten(ambient)), x)
+    gradients = _gradients(manifold, x, act, ambient, generator)
     y = manifold.retr(x, v)
-    size = 1 + distance(z, scale(0.0, z))
-    here_and_there: dict[str, tuple[tuple[Point, ...], tuple[Point, ...]]] = {
-        "proju": ((x, ambient), (z, act(ambient))),
-        "egrad2rgrad": ((x, ambient), (z, gradient)),
-        "retr": ((x, v), (z, act(v))),
-        "expmap": ((x, v), (z, act(v))),
-        "logmap": ((x, y), (z, act(y))),
-        "transp": ((x, y, u), (z, act(y), act(u))),
+    point, at_z, at_y = partial(image, manifold), partial(velocity, manifold, z), partial(velocity, manifold, act(y))
+    magnitude = 1 + size(point(z))
+    if hasattr(manifold, "embed"):
+        report.error("embed", distance(point(z), point(x)) / magnitude, tol)
+        report.error("embed's differential", distance(at_z(act(u)), velocity(manifold, x, u)), tol)
+    cases: dict[str, tuple[Callable[[Point], Tensor], tuple[Point, ...], tuple[Point, ...]]] = {
+        "proju": (at_z, (x, ambient), (z, act(ambient))),
+        "egrad2rgrad": (at_z, (x, gradients[0]), (z, gradients[1])),
+        "retr": (point, (x, v), (z, act(v))),
+        "expmap": (point, (x, v), (z, act(v))),
+        "logmap": (at_z, (x, y), (z, act(y))),
+        "transp": (at_y, (x, y, u), (z, act(y), act(u))),
     }
-    for verb, (here, there) in here_and_there.items():
+    for verb, (compared, here, there) in cases.items():
         result = offered(manifold, verb, *here)
         if result is not None:
-            report.error(verb, distance(getattr(manifold, verb)(*there), act(result)) / size, tol)
-    carried = manifold.retr_transp(z, act(v), act(u))[1]
-    report.error("retr_transp", distance(carried, act(manifold.retr_transp(x, v, u)[1])) / size, tol)
+            error = distance(compared(getattr(manifold, verb)(*there)), compared(act(result)))
+            report.error(verb, error / magnitude, tol)
+    moved, carried = manifold.retr_transp(z, act(v), act(u))
+    error = distance(velocity(manifold, moved, carried), at_y(act(manifold.retr_transp(x, v, u)[1])))
+    report.error("retr_transp", error / magnitude, tol)
     report.error("inner", abs(inner(manifold, z, act(u), act(v)) - inner(manifold, x, u, v)), tol)
     length = offered(manifold, "dist", x, y)
     if length is not None:
         report.error("dist", float((manifold.dist(z, act(y)) - length).abs().max()), tol)
     return report.done()
+
+
+def _gradients(
+    manifold: Any, x: Point, act: Callable[[Point], Point], ambient: Point, generator: torch.Generator
+) -> tuple[Point, Point]:
+    """Euclidean gradients at x and at ``act(x)`` of one function of the equivalence class."""
+    if hasattr(manifold, "embed"):
+        cost = arbitrary_cost(manifold, x, generator)
+        return value_and_gradient(cost, x)[1], value_and_gradient(cost, act(x))[1]
+    return ambient, unflatten(torch.linalg.solve(matrix_of(act, x).mT, flatten(ambient)), x)

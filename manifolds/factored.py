@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Point", "combine", "distance", "flatten", "map_factors", "random_like", "scale", "unflatten"]
+__all__ = ["Point", "combine", "distance", "flatten", "map_factors", "random_like", "scale", "size", "unflatten"]
 
 Point = Tensor | tuple[Tensor, ...]
 
@@ -50,5 +50,10 @@ def unflatten(entries: Tensor, like: Point) -> Point:
 
 def distance(u: Point, v: Point) -> float:
     """Euclidean distance of all entries: infinite where one is not finite, so that it fails every bound."""
-    value = float(torch.linalg.vector_norm(flatten(u) - flatten(v)))
+    return size(combine(1.0, u, -1.0, v))
+
+
+def size(u: Point) -> float:
+    """Euclidean norm of all entries: infinite where one is not finite."""
+    value = float(torch.linalg.vector_norm(flatten(u)))
     return value if math.isfinite(value) else math.inf

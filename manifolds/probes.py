@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factored import Point, combine, distance, flatten, map_factors, random_like, scale, unflatten
+from .factored import Point, combine, distance, flatten, map_factors, random_like, scale, size, unflatten
 
 __all__ = [
+    "along",
     "arbitrary_cost",
     "departure",
+    "image",
     "inner",
     "matrix_of",
     "offered",
@@ -20,6 +22,7 @@ __all__ = [
     "start",
     "tangent",
     "value_and_gradient",
+    "velocity",
 ]
 
 
@@ -36,9 +39,31 @@ def start(x: Point, seed: int) -> tuple[Point, torch.Generator]:
     return map_factors(plain, x), torch.Generator().manual_seed(seed ^ 0x5DEECE66D)
 
 
-def rounding(x: Point) -> float:
-    """The level of rounding errors of a point."""
-    return torch.finfo(torch.float64).eps * (1 + float(torch.linalg.vector_norm(flatten(x))))
+def image(manifold: Any, x: Point) -> Tensor:
+    """The point as one vector, by which points are compared: what it stands for, ``embed(x)``, or its own entries.
+
+    A manifold with `embed` has points that differ in their entries and are one.
+    """
+    return flatten(manifold.embed(x) if hasattr(manifold, "embed") else x)
+
+
+def velocity(manifold: Any, x: Point, u: Point) -> Tensor:
+    """The vector ``u`` at ``x`` likewise: the differential of `image` along it."""
+    if not hasattr(manifold, "embed"):
+        return flatten(u)
+    derivative: Tensor = torch.func.jvp(manifold.embed, (x,), (u,))[1]
+    return flatten(derivative)
+
+
+def along(manifold: Any, x: Point, ambient: Tensor) -> Tensor:
+    """The part of a vector of the space of `embed` that is tangent at x: the gradient of its product with embed."""
+    _, gradient = value_and_gradient(lambda y: image(manifold, y) @ ambient, x)
+    return velocity(manifold, x, manifold.egrad2rgrad(x, gradient))
+
+
+def rounding(manifold: Any, x: Point) -> float:
+    """The level of rounding errors of a point's image."""
+    return torch.finfo(torch.float64).eps * (1 + size(image(manifold, x)))
 
 
 def inner(manifold: Any, x: Point, u: Point, v: Point) -> float:
@@ -56,7 +81,7 @@ def tangent(manifold: Any, x: Point, generator: torch.Generator) -> Point:
 def departure(manifold: Any, x: Point, u: Point, t: float) -> float:
     """How far ``x + t u`` is from its projection to the manifold."""
     moved = combine(1.0, x, t, u)
-    return distance(manifold.projx(moved), moved)
+    return distance(image(manifold, manifold.projx(moved)), image(manifold, moved))
 
 
 def offered(manifold: Any, verb: str, *arguments: Any) -> Any:
@@ -75,10 +100,11 @@ def matrix_of(linear: Callable[[Point], Point], x: Point) -> Tensor:
     return torch.stack([flatten(linear(unflatten(e, x))) for e in basis], dim=1)
 
 
-def arbitrary_cost(x: Point, generator: torch.Generator) -> Callable[[Any], Tensor]:
-    """A smooth function of all entries."""
-    weights, phases = flatten(random_like(x, generator)), flatten(random_like(x, generator))
-    return lambda y: torch.sin(weights * flatten(y) + phases).sum()
+def arbitrary_cost(manifold: Any, x: Point, generator: torch.Generator) -> Callable[[Any], Tensor]:
+    """A smooth function of all entries of the image."""
+    entries = image(manifold, x)
+    weights, phases = flatten(random_like(entries, generator)), flatten(random_like(entries, generator))
+    return lambda y: torch.sin(weights * image(manifold, y) + phases).sum()
 
 
 def value_and_gradient(cost: Callable[[Any], Tensor], x: Point) -> tuple[float, Point]:

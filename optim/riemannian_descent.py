@@ -37,7 +37,8 @@ class RiemannianGD(ManifoldOptimizer):
         params: as in `RiemannianSGD`, factored manifolds included.
         lr: fixed step, or its proportions among groups for the line search.
         line_search: ``None`` for the fixed step, or ``"armijo"``.
-        sufficient_decrease, contraction, max_evaluations: of `retract.optim.line_search.armijo`.
+        sufficient_decrease, contraction, max_evaluations: of `retract.optim.line_search.armijo`. The textbooks' 1e-4
+            lets steps of nearly twice the best length pass, which goes back and forth; 0.3 refuses them.
         euclidean_lr: learning rate of groups without a manifold that bring none of their own; default ``lr``.
 
     Attributes:

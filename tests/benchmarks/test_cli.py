@@ -69,7 +69,7 @@ def test_the_help_of_train_is_enough():
         family, size = re.fullmatch(r"([a-z]+?)(\d+)", name).groups() if name[:6] == "resnet" else (name, "")
         assert family in output
         assert size in output
-    for default in ("[default: digits]", "[default: psisgd]", "[default: cosine]", "[default: 128]"):
+    for default in ("[default: digits]", "Default: psisgd", "[default: cosine]", "[default: 128]"):
         assert default in output
     for name, choice in OPTIMIZERS.items():
         assert f"{choice.lr:g}" in output, name

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from retract.benchmarks.data import load
 from retract.benchmarks.training import SCHEDULES, DivergedError, Trainer, schedule_factor
+from retract.nets.parametrizations import svdp
+from retract.nets.parametrizations._charts import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +204,41 @@ def test_an_optimizer_that_refuses_a_gradient_stops_too(data):
         loop.fit()
 
 
+def test_the_test_images_are_looked_at_every_so_often_and_at_the_end(data):
+    records = {}
+    for test_every in (1, 2):
+        records[test_every] = []
+        trainer(data, epochs=3, test_every=test_every).fit(on_epoch=records[test_every].append)
+    tested = [record["epoch"] for record in records[2] if "test_loss" in record]
+    assert tested == [2, 3]
+    for rare, often in zip(records[2], records[1], strict=True):
+        assert (rare.keys() ^ often.keys()) <= {"test_loss", "test_accuracy"}
+        assert all(often[key] == value for key, value in rare.items() if key != "seconds")
+
+
+def test_frames_of_factored_layers_are_made_once_a_step(data, monkeypatch):
+    """For all layers together, and once for all test images; no layer makes its own."""
+    model, made = network(), []
+    svdp(model[0], 4)
+    svdp(model[4], 4)
+
+    def count(charts, coordinates):
+        made.append(len(charts))
+        return evaluate(charts, coordinates)
+
+    monkeypatch.setattr("retract.nets.parametrizations.models.evaluate", count)
+    monkeypatch.delattr("retract.nets.parametrizations._base.evaluate")
+    training = trainer(data, model, epochs=1)
+    training.fit()
+    assert made == [4] * (training.steps_per_epoch + 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs and batch size"),
-        ({"batch_size": 0}, "epochs and batch size"),
+        ({"epochs": 0}, "epochs, batch size and test_every must be at least 1, got 0, 32 and 1"),
+        ({"batch_size": 0}, "epochs, batch size and test_every"),
+        ({"test_every": 0}, "epochs, batch size and test_every"),
         ({"label_smoothing": 1.0}, "label smoothing"),
         ({"label_smoothing": math.nan}, "label smoothing"),
         ({"schedule": "wave"}, "schedule must be one of constant, cosine, step, got 'wave'"),

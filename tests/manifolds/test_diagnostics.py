@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retract.manifolds import PSI, Oblique, Stiefel, diagnostics
 from retract.manifolds.slopes import STEPS, fit_slope
+from retract.manifolds.spectral import SVDSpectral
 
 CHECKS = [name for name in diagnostics.__all__ if name.startswith("check_") and name != "check_manifold"]
 
@@ -164,6 +165,113 @@ def test_each_check_catches_its_mutants(name):
 
 def test_every_check_has_a_mutant():
     assert {f"check_{name.partition(':')[0]}" for name in MUTANTS} == set(CHECKS)
+
+
+def permutation(r):
+    """Columns reversed, every other sign flipped."""
+    return torch.eye(r, dtype=torch.float64).flip(0) * (-1.0) ** torch.arange(r)
+
+
+FREE, ISOMETRIES = SVDSpectral(3), SVDSpectral(3, "identity")
+MUTANTS_WITH_EMBED = {
+    "tangency: proju keeps symmetric parts": (ISOMETRIES, {"proju": FREE.proju}),
+    "tangency: egrad2rgrad keeps symmetric parts": (ISOMETRIES, {"egrad2rgrad": FREE.egrad2rgrad}),
+    "tangency: proju is not in normal form": (FREE, {"proju": lambda x, u: u}),
+    "tangency: retr leaves the manifold": (ISOMETRIES, {"retr": FREE.retr}),
+    "projection: scaled": (FREE, {"proju": lambda x, u: scaled(1.01, FREE.proju(x, u))}),
+    "projection: of tuples, not of dW": (ISOMETRIES, {"proju": lambda x, u: (u[0], 0 * u[1], 0 * u[2])}),
+    "projection: not linear": (FREE, {"proju": lambda x, u: FREE.proju(x, (u[0].abs(), u[1], u[2]))}),
+    "projection: projx moves points": (FREE, {"projx": lambda x: (-x[0], *x[1:])}),
+    "retraction: half the step": (FREE, {"retr": lambda x, u: FREE.retr(x, scaled(0.5, u))}),
+    "retraction: zero moves": (FREE, {"retr": lambda x, u: FREE.retr(x, (u[0], u[1] + 1e-3, u[2]))}),
+    "metric: not symmetric": (FREE, {"inner": lambda x, u, v=None: FREE.inner(x, u, shifted(v or u))}),
+    "metric: indefinite": (FREE, {"inner": lambda x, u, v=None: FREE.inner(x, u, v or u) - 9 * u[1] @ (v or u)[1]}),
+    "gradient: metric of the factors": (FREE, {"egrad2rgrad": FREE.proju}),
+    "gradient: scaled": (FREE, {"egrad2rgrad": lambda x, g: scaled(2.0, FREE.egrad2rgrad(x, g))}),
+    "transport: not tangent": (ISOMETRIES, {"transp": FREE.transp}),
+    "transport: not in normal form": (FREE, {"transp": lambda x, y, v: v}),
+    "transport: retr_transp alone to zero": (FREE, {"retr_transp": lambda x, u, v: (FREE.retr(x, u), scaled(0.0, v))}),
+    "transport: another point": (FREE, {"retr_transp": lambda x, u, v: (x, v)}),
+    "gauge: action on frames alone": (FREE, {"act": lambda x, q: (x[0] @ q, x[1], x[2] @ q)}),
+    "gauge: proju of the first column": (FREE, {"proju": lambda x, u: FREE.proju(x, first_column(u))}),
+    "gauge: gradient of the first column": (FREE, {"egrad2rgrad": lambda x, u: first_column(FREE.egrad2rgrad(x, u))}),
+    "gauge: retr of the first column": (FREE, {"retr": lambda x, u: FREE.retr(x, first_column(u))}),
+    "gauge: transport of the first column": (FREE, {"transp": lambda x, y, v: FREE.transp(x, y, first_column(v))}),
+    "gauge: retr_transp of the first column": (
+        FREE,
+        {"retr_transp": lambda x, u, v: FREE.retr_transp(x, u, first_column(v))},
+    ),
+    "gauge: metric of the first column": (FREE, {"inner": lambda x, u, v=None: FREE.inner(x, first_column(u), v or u)}),
+    "dimension: off by one": (FREE, {"dimension": lambda shape: FREE.dimension(shape) + 1}),
+    "dimension: symmetric parts too": (ISOMETRIES, {"proju": FREE.proju}),
+}
+
+
+def scaled(a, u):
+    return tuple(a * t for t in u)
+
+
+def shifted(u):
+    return tuple(t.roll(1, 0) for t in u)
+
+
+def first_column(u):
+    return tuple(t * (torch.arange(t.shape[-1]) == 0) for t in u)
+
+
+@pytest.mark.parametrize("name", MUTANTS_WITH_EMBED)
+def test_each_check_catches_its_mutants_with_embed(name):
+    check, _, _ = name.partition(":")
+    base, verbs = MUTANTS_WITH_EMBED[name]
+    point = base.random(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    run, options = getattr(diagnostics, f"check_{check}"), {"element": permutation(3)} if check == "gauge" else {}
+    assert run(base, point, **options), str(run(base, point, **options))
+    mutant = SVDSpectral(**base.arguments)
+    mutant.check_vector_on_tangent = base.check_vector_on_tangent  # its own would ask the verb that is broken
+    for verb, wrong in verbs.items():
+        setattr(mutant, verb, wrong)
+    report = run(mutant, point, **options)
+    assert not report, str(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"),
+    [
+        ("tangency: proju keeps symmetric parts", "proju slope"),
+        ("tangency: egrad2rgrad keeps symmetric parts", "egrad2rgrad slope"),
+        ("gauge: action on frames alone", "embed"),
+        ("transport: not tangent", "transp tangency"),
+    ],
+)
+def test_what_fails_does_not_rest_on_the_manifolds_own_tests(name, figure):
+    base, verbs = MUTANTS_WITH_EMBED[name]
+    mutant = SVDSpectral(**base.arguments)
+    for verb, wrong in verbs.items():
+        setattr(mutant, verb, wrong)
+    point = base.random(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    check, _, _ = name.partition(":")
+    options = {"element": permutation(3)} if check == "gauge" else {}
+    assert figure in getattr(diagnostics, f"check_{check}")(mutant, point, **options).failures
+
+
+def test_every_check_has_a_mutant_with_embed():
+    # logarithm: no manifold with embed offers expmap
+    assert {f"check_{name.partition(':')[0]}" for name in MUTANTS_WITH_EMBED} == set(CHECKS) - {"check_logarithm"}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_order_of_a_retraction_shows_without_a_geodesic_where_points_are_embedded(order):
+    manifold = SVDSpectral(3, "lipschitz", retraction={1: "qr", 2: "svd"}[order])
+    x = manifold.random(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    report = diagnostics.check_retraction(manifold, x, order=2)
+    assert bool(report) == (order == 2)
+    assert report.figures["slope of its tangential part"] == pytest.approx(order + 1, abs=0.1)
+
+
+def test_tensors_that_embed_as_themselves_pass():
+    manifold = Oblique()
+    object.__setattr__(manifold, "embed", lambda x: 1.0 * x)
+    assert (report := diagnostics.check_manifold(manifold, (3, 4), order=2, isometric=True)), str(report)
 
 
 def test_claims_are_checked():
