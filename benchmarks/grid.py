@@ -6,6 +6,7 @@ It can be stopped at any moment, by a signal or by a deadline, and goes on where
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class _Worker:
     """What a worker process knows: the event by which it is told to stop."""
 
     stop: _Event | None = None
+    parent: int | None = None
 
 
 def finished(run: Run, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
@@ -96,14 +98,22 @@ def compute(
 
 def _begin(stop: _Event) -> None:
     """A worker leaves signals to the process that began it, which a terminal sends them to as well."""
-    _Worker.stop = stop
+    _Worker.stop, _Worker.parent = stop, os.getppid()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 
 
 def _work(work: Callable[[Cell, Stopping], dict[str, Any] | None], cell: Cell) -> dict[str, Any] | None:
-    return None if _stopping() else work(cell, _stopping)
+    result = None if _stopping() else work(cell, _stopping)
+    if _orphaned():
+        os._exit(1)  # it would wait for its next cell for ever
+    return result
 
 
 def _stopping() -> bool:
-    return _Worker.stop is not None and _Worker.stop.is_set()
+    return _orphaned() or (_Worker.stop is not None and _Worker.stop.is_set())
+
+
+def _orphaned() -> bool:
+    """Whether the process that began this worker was killed."""
+    return os.getppid() != _Worker.parent

@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,36 @@ def raise_then_wait(calls, cell, stopping):
 def test_an_error_stops_the_others_and_is_raised(run):
     with pytest.raises(ZeroDivisionError, match="no such power"):
         compute(run, CELLS, fail, processes=2)
+
+
+def write_pid_and_wait(file, cell, stopping):
+    file.write_text(str(os.getpid()))
+    wait_to_be_stopped(cell, stopping)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+def test_workers_end_with_the_process_that_began_them(run, tmp_path):
+    """Killed, it could not tell them to stop."""
+    file = tmp_path / "pid"
+    work = partial(write_pid_and_wait, file)
+    grid = get_context("fork").Process(target=compute, args=(run, CELLS[:1], work), kwargs={"processes": 1})
+    grid.start()
+    assert within_seconds(20, lambda: file.exists() and file.read_text())
+    worker = int(file.read_text())
+    assert is_running(worker)
+    grid.kill()
+    grid.join()
+    assert within_seconds(20, lambda: not is_running(worker))
+
+
+def within_seconds(seconds, condition):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def is_running(pid):
+    """Not a process that has ended and waits for init to notice."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
