@@ -39,6 +39,13 @@ BENCHMARKS = (
     Command("spectra", ".spectra_speed", "spectra_command", "Time weights of chosen spectrum, and their layers."),
     Command("completion", ".completion", "completion_command", "Fit matrices of low rank, well and badly conditioned."),
     Command("layers", ".layers", "layers_command", "Train networks of spectral layers in both forms, and dense ones."),
+    Command(
+        "init", ".init", "init_command", "Variances of deep tensorial networks as initialised, and their training."
+    ),
+    Command(
+        "tensor", ".tensor_speed", "tensor_command", "Time tensorial and canonical layers, against tensorly-torch."
+    ),
+    Command("canonical", ".canonical", "canonical_command", "Train canonical networks, cut their terms, fine-tune."),
     Command("digits", ".digits", "digits_command", "Tune and compare all optimizers on 8x8 digits."),
 )
 

@@ -22,7 +22,7 @@ from .training import SCHEDULES, Trainer
 __all__ = ["Config", "build_trainer", "default_folder", "load_model", "plain", "read_config", "resolve"]
 
 DEFAULT_MODELS = {"digits": "digitsnet", "mnist": "lenet5_bn", "cifar10": "resnet20", "svhn": "resnet20"}
-DEFAULT_OPTIMIZERS = {None: "psisgd", "householder": "sgd", "stiefel": "riemannian-sgd"}  # by form of the layers
+ON_MANIFOLDS = ("stiefel", "oblique")  # forms of factored layers whose weights are points of a manifold
 CHANNELS, CLASSES = {"digits": 1, "mnist": 1, "cifar10": 3, "svhn": 3}, 10
 EXAMPLES = 32  # images to measure a network with
 
@@ -60,6 +60,8 @@ class Config:
     spectrum: str | None = None
     form: str | None = None
     skip: str | None = None
+    budget: float | None = None
+    error: float | None = None
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def resolve(options: Mapping[str, Any]) -> Config:
     """The options with their defaults filled in. ValueError for a name that is unknown, or what cannot be combined."""
     chosen = fill_in(plain(options))
     chosen["model"] = chosen["model"] or DEFAULT_MODELS.get(chosen["data"])
-    chosen["optimizer"] = chosen["optimizer"] or DEFAULT_OPTIMIZERS[chosen["form"]]
+    chosen["optimizer"] = chosen["optimizer"] or _default_optimizer(chosen["factorize"], chosen["form"])
     names = {"data": DATASETS, "optimizer": optimizers.OPTIMIZERS, "schedule": SCHEDULES, "model": MODELS}
     for option, allowed in names.items():
         if chosen[option] not in allowed:
@@ -89,6 +91,12 @@ def resolve(options: Mapping[str, Any]) -> Config:
     return Config(**{**chosen, **{name: value for name, value in defaults.items() if chosen[name] is None}})
 
 
+def _default_optimizer(factorize: str | None, form: str | None) -> str:
+    if factorize is None:
+        return "psisgd"
+    return "riemannian-sgd" if form in ON_MANIFOLDS else "sgd"
+
+
 def read_config(run: Run, moved: Mapping[str, Any]) -> Config:
     """The options of a run that is there, with those that may change."""
     try:
@@ -99,7 +107,9 @@ def read_config(run: Run, moved: Mapping[str, Any]) -> Config:
 
 def default_folder(config: Config) -> Path:
     """Where a run goes that names no folder."""
-    layers = f"{config.factorize}{config.rank}-" if config.factorize else ""
+    sizes = {"": config.rank, "budget": config.budget, "error": config.error}
+    size = "".join(f"{name}{value:g}" for name, value in sizes.items() if value is not None)
+    layers = f"{config.factorize}{size}-" if config.factorize else ""
     return Path("runs") / f"{config.data}-{config.model}-{layers}{config.optimizer}-{config.seed}"
 
 
@@ -183,6 +193,8 @@ def load_model(run: Run) -> nn.Module:
     state = run.load_checkpoint()
     if state is None:
         raise ValueError(f"{run.folder} has no checkpoint yet")
-    model = factorized(config, MODELS[config.model](num_classes=CLASSES, in_channels=CHANNELS[config.data]))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(config.seed)  # the ranks of a decomposition to an error are those of the first weights
+        model = factorized(config, MODELS[config.model](num_classes=CLASSES, in_channels=CHANNELS[config.data]))
     model.load_state_dict(state["model"])
     return model

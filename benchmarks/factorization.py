@@ -1,4 +1,4 @@
-"""Which layers of a network a run replaces by factored ones of controlled spectrum, as its options say."""
+"""Which layers of a network a run replaces by factored ones, spectral, canonical or tensorial, as its options say."""
 
 from __future__ import annotations
 
@@ -9,51 +9,83 @@ from typing import Any
 from torch import nn
 
 from retract.nets.compress import factorize
+from retract.nets.layers.tensor_formats import FORMATS
 from retract.nets.summary import summary
 
-__all__ = ["FORMS", "KINDS", "OPTIONS", "SPECTRA", "Factorization", "cost", "fill_in"]
+__all__ = ["FORMS", "KINDS", "OPTIONS", "SIZES", "SPECTRA", "SPECTRAL", "Factorization", "cost", "fill_in"]
 
-KINDS = ("svdp", "sttp")
-FORMS = ("householder", "stiefel")
+SPECTRAL = ("svdp", "sttp")
+KINDS = (*SPECTRAL, "canonical", *FORMATS)
 SPECTRA = ("identity", "free", "lipschitz", "bounded")
-OPTIONS = ("rank", "spectrum", "form", "skip")  # those that mean something only with --factorize
-DEFAULTS = {"spectrum": "free", "form": "householder"}
+SIZES = ("rank", "budget", "error")  # how large the layers are; a run says one
+OPTIONS = (*SIZES, "spectrum", "form", "skip")  # those that mean something only with --factorize
+FORMS = {**dict.fromkeys(SPECTRAL, ("householder", "stiefel")), "canonical": ("euclidean", "oblique")}  # default first
 
 
 def fill_in(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the defaults of a factorization filled in, if there is to be one.
 
     Raises:
-        ValueError: an unknown name, ``rank`` missing, or an option that needs ``factorize`` without it.
+        ValueError: an unknown name, none or several of ``rank``, ``budget`` and ``error``, an option that means
+            nothing for this kind of layers, or one that needs ``factorize`` without it.
     """
-    chosen = dict(options)
-    if chosen["factorize"] is None:
+    chosen = {**dict.fromkeys(SIZES), **options}
+    kind = chosen["factorize"]
+    if kind is None:
         if given := [f"--{name}" for name in OPTIONS if chosen[name] is not None]:
-            raise ValueError(f"{' and '.join(given)} given without --factorize {' or '.join(KINDS)}")
+            raise ValueError(f"{' and '.join(given)} given without --factorize {' or '.join(SPECTRAL)} or a format")
         return chosen
-    for name, default in DEFAULTS.items():
-        chosen[name] = default if chosen[name] is None else chosen[name]
-    for name, allowed in (("factorize", KINDS), ("spectrum", SPECTRA), ("form", FORMS)):
-        if chosen[name] not in allowed:
-            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {chosen[name]!r}")
-    if chosen["rank"] is None:
-        raise ValueError(f"--factorize {chosen['factorize']} needs --rank, the highest rank of a layer")
+    _require("factorize", kind, KINDS)
+    if kind in SPECTRAL:
+        chosen["spectrum"] = chosen["spectrum"] or "free"
+        _require("spectrum", chosen["spectrum"], SPECTRA)
+    if kind in FORMS:
+        chosen["form"] = chosen["form"] or FORMS[kind][0]
+        _require("form", chosen["form"], FORMS[kind])
+    unused = [f"--{name}" for name in _meaningless(kind) if chosen[name] is not None]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)} means nothing for --factorize {kind}")
+    _require_size(chosen)
     return chosen
+
+
+def _require(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"--{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _meaningless(kind: str) -> tuple[str, ...]:
+    """The options that layers of this kind do not have."""
+    if kind in SPECTRAL:
+        return ("budget", "error")
+    return ("spectrum",) if kind in FORMS else ("spectrum", "form")
+
+
+def _require_size(chosen: Mapping[str, Any]) -> None:
+    given = [f"--{name}" for name in SIZES if chosen[name] is not None]
+    if chosen["factorize"] in SPECTRAL and not given:
+        raise ValueError(f"--factorize {chosen['factorize']} needs --rank, the highest rank of a layer")
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"--factorize {chosen['factorize']} needs one of --rank, --budget and --error, got {found}")
 
 
 @dataclass(frozen=True)
 class Factorization:
     """What `retract.nets.factorize` is asked to do.
 
-    ``rank`` is the highest of a layer: smaller layers take what they can. ``skip`` are patterns of names of layers
-    that stay dense.
+    ``rank`` is the highest of a layer: smaller layers take what they can. ``budget`` is the fraction of its parameters
+    that a layer keeps, ``error`` the relative one to which its weight is decomposed; one of the three is given.
+    ``skip`` are patterns of names of layers that stay dense.
     """
 
     kind: str
-    rank: int
-    spectrum: str = "free"
-    form: str = "householder"
+    rank: int | None
+    spectrum: str | None = None
+    form: str | None = None
     skip: tuple[str, ...] = ()
+    budget: float | None = None
+    error: float | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Factorization | None:
@@ -61,22 +93,32 @@ class Factorization:
         if options.get("factorize") is None:  # runs before there were factored layers do not say so
             return None
         skip = tuple(pattern.strip() for pattern in (options["skip"] or "").split(",") if pattern.strip())
-        return cls(options["factorize"], options["rank"], options["spectrum"], options["form"], skip)
+        sizes = (options.get(name) for name in ("budget", "error"))  # younger than the other options
+        return cls(options["factorize"], options["rank"], options["spectrum"], options["form"], skip, *sizes)
 
     def apply(self, model: nn.Module) -> None:
         """Replace the weights of ``model`` in place.
 
-        Frames are those of the present weights. So are singular values where they are free; the others are spread
-        over what is allowed, since those of random weights would mostly be cut to the same bound.
+        Frames of spectral layers are those of the present weights. So are singular values where they are free; the
+        others are spread over what is allowed, since those of random weights would mostly be cut to the same bound.
+        Other layers start afresh at the gain that lets a deep network train, unless they are decomposed to an error.
 
         Raises:
-            ValueError: a pattern to skip that fits no layer, or no layer left to factorize.
+            ValueError: a pattern to skip that fits no layer, no layer left to factorize, or a size that is not allowed.
         """
-        options: dict[str, Any] = {**vars(self), "init": "fit" if self.spectrum == "free" else "spread"}
+        options = {name: value for name, value in vars(self).items() if value is not None}
+        if self.kind in SPECTRAL:
+            options["init"] = "fit" if self.spectrum in (None, "free") else "spread"
+        else:
+            options["init"] = "kaiming" if self.error is None else "fit"
         factorize(model, **options)
 
     def __str__(self) -> str:
-        return f"{self.kind} of rank {self.rank}, {self.spectrum} spectrum, {self.form} form"
+        if self.kind in SPECTRAL:
+            return f"{self.kind} of rank {self.rank}, {self.spectrum} spectrum, {self.form} form"
+        sizes = {"rank": self.rank, "budget": self.budget, "error": self.error}
+        size = ", ".join(f"{name} {value:g}" for name, value in sizes.items() if value is not None)
+        return f"{self.kind} of {size}" + (f", {self.form} form" if self.form else "")
 
 
 def cost(model: nn.Module) -> str:

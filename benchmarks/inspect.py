@@ -1,9 +1,9 @@
-"""``retract inspect MODEL``: which weights of a network are scale-invariant, or the spectra of its layers."""
+"""``retract inspect MODEL``: which weights of a network are scale-invariant, the spectra of its layers, or by what they
+multiply the variance of signals and gradients.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 from dataclasses import asdict
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .model_argument import load_model, load_model_and_input
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,18 +54,36 @@ def inspect_command(
             "--spectra", help="Show ranks, degrees of freedom, cost and singular values of the layers instead."
         ),
     ] = False,
+    variance: Annotated[
+        bool,
+        typer.Option(
+            "--variance", help="Show by what each layer multiplies the variance of signals and of gradients instead."
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --variance, draw it to a file: .png, .svg, .pdf.", metavar="FILE", show_default=False),
+    ] = None,
     factorize: Annotated[
         str | None,
-        typer.Option(help="With --spectra, factor the layers first: svdp or sttp.", metavar="NAME", **LAYERS),
+        typer.Option(
+            help="With --spectra or --variance, factor the layers first, as `retract train` does.",
+            metavar="NAME",
+            **LAYERS,
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="As for `retract train`.", metavar="R", **LAYERS)] = None,
+    budget: Annotated[float | None, typer.Option(help="As for `retract train`.", metavar="X", **LAYERS)] = None,
+    error: Annotated[float | None, typer.Option(help="As for `retract train`.", metavar="X", **LAYERS)] = None,
     spectrum: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="NAME", **LAYERS)] = None,
     form: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="NAME", **LAYERS)] = None,
     skip: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="PATTERNS", **LAYERS)] = None,
 ) -> None:
     """Show which parameters can be rescaled without changing the network: those that PSI optimizers turn.
 
-    With --spectra, show what its layers hold and cost, and their largest and smallest singular values.
+    With --spectra, show what its layers hold and cost, and their largest and smallest singular values. With --variance,
+    show second moments of every layer's output and of its gradient, each over that of the layer before: a deep network
+    without normalisation trains if they are near one.
 
     For example:
 
@@ -72,18 +92,28 @@ def inspect_command(
     retract inspect resnet20 --spectra --factorize sttp --rank 16 --skip conv1,fc
 
     retract inspect --spectra runs/digits-digitsnet-svdp8-sgd-0
+
+    retract inspect cifar_alexnet --variance --plot variance.png
     """
-    options = {"factorize": factorize, "rank": rank, "spectrum": spectrum, "form": form, "skip": skip}
+    sizes = {"rank": rank, "budget": budget, "error": error}
+    options = {"factorize": factorize, **sizes, "spectrum": spectrum, "form": form, "skip": skip}
+    if spectra and variance:
+        raise typer.BadParameter("ask for two tables: choose one", param_hint="--spectra and --variance")
+    if plot is not None and not variance:
+        raise typer.BadParameter("means something only with --variance", param_hint="--plot")
     if spectra:
         typer.echo(_spectra(model, options, as_json))
         return
+    if variance:
+        typer.echo(_variance(model, input_shape, batch, options, plot, as_json))
+        return
     if given := [f"--{name}" for name, value in options.items() if value is not None]:
-        raise typer.BadParameter("means something only with --spectra", param_hint=" and ".join(given))
+        raise typer.BadParameter("means something only with --spectra or --variance", param_hint=" and ".join(given))
     from rich.console import Console
 
     from retract.nets import find_scale_invariant
 
-    network, example_input = _model_and_input(model, input_shape, batch)
+    network, example_input = load_model_and_input(model, input_shape, batch)
     try:
         if as_json:
             typer.echo(json.dumps(_as_dict(network, find_scale_invariant(network, *example_input)), indent=2))
@@ -97,7 +127,7 @@ def _spectra(spec: str, options: dict[str, Any], as_json: bool) -> str:
     """What `retract.nets.summary` says of a model, factored as the options say, or of a run's: a table or JSON."""
     from retract.nets.summary import summary
 
-    from .experiment import load_model
+    from .experiment import load_model as load_model_of_run
     from .factorization import Factorization, fill_in
     from .runs import Run
 
@@ -105,9 +135,9 @@ def _spectra(spec: str, options: dict[str, Any], as_json: bool) -> str:
     if Path(spec).is_dir():
         if layers is not None:
             raise typer.BadParameter("the layers of a run are as they are", param_hint="--factorize")
-        network = load_model(Run.open(spec))
+        network = load_model_of_run(Run.open(spec))
     else:
-        network, _ = _model(spec)
+        network, _ = load_model(spec)
         if layers is not None:
             layers.apply(network)
     found = summary(network)
@@ -115,6 +145,42 @@ def _spectra(spec: str, options: dict[str, Any], as_json: bool) -> str:
         return str(found)
     totals = {"degrees_of_freedom": found.degrees_of_freedom, "elements": found.elements, "z": found.compression}
     return json.dumps({"layers": [asdict(layer) for layer in found.layers], **totals}, indent=2)
+
+
+def _variance(
+    spec: str, input_shape: str | None, batch: int, options: dict[str, Any], plot: Path | None, as_json: bool
+) -> str:
+    """What `retract.nets.init.variance_report` says of a model, its weights drawn with a seed: a table or JSON."""
+    import torch
+
+    from retract.nets.init.variance_report import variance_report
+
+    from .factorization import Factorization, fill_in
+
+    layers = Factorization.of(fill_in(options))
+    torch.manual_seed(0)
+    network, example_input = load_model_and_input(spec, input_shape, batch)
+    if layers is not None:
+        layers.apply(network)
+    try:
+        found = variance_report(network, *example_input)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL") from error
+    if plot is not None:
+        try:
+            found.plot(plot)
+        except (OSError, ValueError) as error:  # no such folder, or a suffix that matplotlib does not know
+            raise typer.BadParameter(str(error), param_hint="--plot") from error
+    if not as_json:
+        return str(found)
+    rows = [{name: _finite(value) for name, value in asdict(layer).items()} for layer in found.layers]
+    means = {name: [_finite(mean) for mean in getattr(found, name)] for name in ("forward", "backward")}
+    return json.dumps({"layers": rows, **means}, indent=2)
+
+
+def _finite(value: Any) -> Any:
+    """What JSON has no word for is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def invariance_table(model: nn.Module, example_input: Any, title: str | None = None) -> Table:
@@ -174,77 +240,3 @@ def _as_dict(model: nn.Module, found: dict[str, Invariance]) -> dict[str, Any]:
 
 def _figure(residual: float) -> str:
     return "" if math.isnan(residual) else f"{residual:.1e}"
-
-
-def _model_and_input(spec: str, input_shape: str | None, batch: int) -> tuple[nn.Module, tuple[Any, ...]]:
-    import torch
-
-    from retract.nets import cnn
-
-    shape = cnn.INPUT_SHAPES.get(spec) if input_shape is None else _shape(input_shape)
-    model, example_input = _model(spec)
-    if shape is not None:
-        example_input = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-    if example_input is None:
-        raise typer.BadParameter(f"{spec} has no default input: say --input-shape 3,32,32", param_hint="--input-shape")
-    return model, example_input if isinstance(example_input, tuple) else (example_input,)
-
-
-def _model(spec: str) -> tuple[nn.Module, Any]:
-    """The network that a specification names, and the example input if it brings one."""
-    import torch
-
-    from retract.nets import cnn
-
-    made = cnn.MODELS[spec]() if spec in cnn.MODELS else _made(spec)
-    model, example_input = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, torch.nn.Module):
-        raise typer.BadParameter(f"{spec} gave a {type(model).__name__}, not a torch.nn.Module", param_hint="MODEL")
-    return model, example_input
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(size) for size in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise typer.BadParameter(f"got {text!r}, want positive sizes such as 3,32,32", param_hint="--input-shape")
-    return shape
-
-
-def _made(spec: str) -> Any:
-    """What ``path/to/file.py:NAME`` or ``package.module:NAME`` gives."""
-    source, _, name = spec.rpartition(":")
-    if not source:
-        from retract.nets import cnn
-
-        raise typer.BadParameter(
-            f"{spec!r} is no model of the zoo ({', '.join(cnn.MODELS)}), nor of the form "
-            "path/to/file.py:NAME or package.module:NAME",
-            param_hint="MODEL",
-        )
-    module = _module_from_file(Path(source)) if source.endswith(".py") else _module_by_name(source)
-    if not hasattr(module, name):
-        raise typer.BadParameter(f"{source} has no {name!r}", param_hint="MODEL")
-    found = getattr(module, name)
-    # A module is callable too, but it is the answer already.
-    return found() if (callable(found) and not hasattr(found, "state_dict")) or isinstance(found, type) else found
-
-
-def _module_from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise typer.BadParameter(f"there is no file {path}", param_hint="MODEL")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _module_by_name(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"cannot import {name}: {error}", param_hint="MODEL") from error

@@ -25,6 +25,7 @@ from retract.nets.cnn import MODELS
 from .factorization import SPECTRA
 from .grid import compute, finished
 from .layers_cell import METHODS, Cell, Settings, load_data, train_cell
+from .layers_steps import steps_table
 from .runs import Run
 
 __all__ = ["RATES", "best_rates", "layers_command", "run_grid"]
@@ -32,6 +33,7 @@ __all__ = ["RATES", "best_rates", "layers_command", "run_grid"]
 
 RATES = (0.01, 0.03, 0.1, 0.3)
 TUNING_SEEDS = (1000, 1001)
+STEPS_SECONDS = 30.0  # a network
 
 
 # ------------------------------------------------------------------------------------------------------- the grid
@@ -118,6 +120,9 @@ def layers_command(
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.", metavar="N")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
     amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.")] = False,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Time training steps on random images instead; half a minute a network.")
+    ] = False,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a run) and the runs.")
     ] = Path("runs/layers"),
@@ -143,6 +148,9 @@ def layers_command(
     chosen = _names("--models", models, MODELS), _names("--methods", methods or ",".join(METHODS), METHODS)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     _names("--spectrum", spectrum, SPECTRA)
+    if steps:
+        console.print(steps_table(settings, *chosen, seconds=STEPS_SECONDS).rich())
+        return
     load_data(settings)  # what cannot be read is an error before there is a folder
     run = Run.open_or_create(out, asdict(settings))
 

@@ -26,7 +26,7 @@ from .grid import Stopping
 from .runs import Interrupted, Run
 from .training import DivergedError, Trainer
 
-__all__ = ["METHODS", "Cell", "Method", "Settings", "load_data", "train_cell"]
+__all__ = ["METHODS", "Cell", "Method", "Settings", "load_data", "prepare", "train_cell"]
 
 
 class Method(NamedTuple):
@@ -131,7 +131,7 @@ def _trainer(settings: Settings, cell: Cell) -> Trainer:
     model = MODELS[cell.model](num_classes=len(data.classes), in_channels=data.image_shape[0])
     device = usable_device(settings.device)
     epochs = settings.tuning_epochs if cell.tuning else settings.epochs
-    optimizer = _prepare(settings, cell, model.to(device))
+    optimizer = prepare(settings, cell, model.to(device))
     return Trainer(
         model,
         optimizer,
@@ -146,7 +146,7 @@ def _trainer(settings: Settings, cell: Cell) -> Trainer:
     )
 
 
-def _prepare(settings: Settings, cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
+def prepare(settings: Settings, cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
     """Factorize the layers between the first and the last, if so; the optimizer that steps them at the cell's rate."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     first, *inner, last = layers

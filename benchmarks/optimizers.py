@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retract.nets.parametrizations import spectral_groups, spectral_weights
+from retract.nets.layers.tensor import TensorConv1d, TensorConv2d, TensorConv3d, TensorLinear
+from retract.nets.parametrizations.models import canonical_weights, manifold_groups, spectral_weights
 
 __all__ = ["OPTIMIZERS", "Choice", "build"]
 
 Groups = list[dict[str, Any]]
+
+TENSOR_LAYERS = (TensorConv1d, TensorConv2d, TensorConv3d, TensorLinear)
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def build(
         weight_decay: of all weights, for a Euclidean method. A method on a manifold gets it for the other
             weights alone, since on the manifold decay changes nothing. Householder coordinates get it like other
             weights: it keeps their reflectors short, and with them the chart well conditioned.
-        euclidean_lr: learning rate of the weights that are not scale-invariant; in a model with SVDP or STTP
-            layers, of all but these layers' weights. None for the optimizer's own default (0.3 for psiangular
+        euclidean_lr: learning rate of the weights that are not scale-invariant; in a model with spectral, canonical
+            or tensor layers, of all but these layers' weights. None for the optimizer's own default (0.3 for psiangular
             and psiadam), or else ``lr``.
 
     Raises:
@@ -123,8 +126,8 @@ def build(
 
     tuned: Groups = []
     others: Groups = [{"params": list(model.parameters())}]
-    if any(spectral_weights(model)):
-        tuned, others = _factored(name, model)
+    if factored := _factored_weights(model):
+        tuned, others = _factored(name, model, factored)
     elif choice.manifold is not None or euclidean_lr is not None:
         tuned, others = _scale_invariant(name, model, example_input)
     if euclidean_lr is not None:
@@ -160,24 +163,38 @@ def _scale_invariant(name: str, model: nn.Module, example_input: Tensor | None) 
     return invariant, [group for group in groups if "manifold" not in group]
 
 
-def _factored(name: str, model: nn.Module) -> tuple[Groups, Groups]:
-    """(groups of the weights of SVDP and STTP layers, with manifolds where they have one; the group of all others)."""
+def _factored_weights(model: nn.Module) -> set[int]:
+    """Ids of the parameters in which spectral, canonical and tensor layers store their weights."""
+    stored = [weights for _, _, weights in (*spectral_weights(model), *canonical_weights(model))]
+    stored += [tuple(module.cores) for module in model.modules() if isinstance(module, TENSOR_LAYERS)]
+    return {id(weight) for weights in stored for weight in weights}
+
+
+def _factored(name: str, model: nn.Module, factored: set[int]) -> tuple[Groups, Groups]:
+    """(groups of the weights of factored layers, with manifolds where they have one; the group of all others)."""
     moves = OPTIMIZERS[name].manifold
     if moves in ("psi", "sphere"):
         raise ValueError(
             f"{name} turns scale-invariant filters, and factored layers have none: use sgd or riemannian-sgd"
         )
-    points = [group for group in spectral_groups(model) if "manifold" in group]
+    points = [group for group in manifold_groups(model) if "manifold" in group]
     if points and moves is None:
-        raise ValueError(f"{name} would leave the Stiefel manifold: use riemannian-sgd, or the householder form")
+        raise ValueError(
+            f"{name} would leave the manifold of the layers: use riemannian-sgd, or the householder or euclidean form"
+        )
     if not points and moves is not None:
         raise ValueError(
-            f"{name} needs weights on a manifold; the householder form has none: use sgd, or the stiefel form"
+            f"{name} needs weights on a manifold, and these layers have none: use sgd, or the stiefel or oblique form"
         )
-    factored = {id(weight) for _, _, weights in spectral_weights(model) for weight in weights}
-    own = [entry for entry in model.named_parameters() if id(entry[1]) in factored]
-    others = [entry for entry in model.named_parameters() if id(entry[1]) not in factored]
-    return points or [{"params": own}], [{"params": others}] if others else []
+    on_manifolds = {id(weight) for group in points for _, weight in group["params"]}
+    free = [entry for entry in model.named_parameters() if id(entry[1]) not in on_manifolds]
+    own = [entry for entry in free if id(entry[1]) in factored]
+    others = [entry for entry in free if id(entry[1]) not in factored]
+    return points + _group(own), _group(others)
+
+
+def _group(entries: list[tuple[str, nn.Parameter]]) -> Groups:
+    return [{"params": entries}] if entries else []
 
 
 def _tensors(group: dict[str, Any]) -> list[Tensor]:

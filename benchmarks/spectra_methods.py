@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from retract.nets.compress import factorize
 from retract.nets.gan.sngan import SNGANDiscriminator
-from retract.nets.parametrizations.models import spectral_groups
+from retract.nets.parametrizations.models import manifold_groups
 from retract.nets.parametrizations.spectral import sttp, svdp
 from retract.optim import RiemannianSGD
 
@@ -188,7 +188,7 @@ def _training(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int) ->
 def _riemannian(kind: Kind, spectrum: Spectrum) -> Callable[[int | None, int, int], Training]:
     def make(width: int | None, rank: int, batch: int) -> Training:
         model = factorize(_discriminator(width), kind, rank, spectrum, form="stiefel", init="spread")
-        return _training(model, RiemannianSGD(spectral_groups(model), lr=1e-4, momentum=0.9), batch)
+        return _training(model, RiemannianSGD(manifold_groups(model), lr=1e-4, momentum=0.9), batch)
 
     return make
 

@@ -76,7 +76,9 @@ def train_command(
     factorize: Annotated[
         str | None,
         typer.Option(
-            help="svdp: every weight becomes U diag(s) V^T; sttp: and its frames U, V tensor trains. Default: dense.",
+            help="svdp: every weight becomes U diag(s) V^T; sttp: and its frames U, V tensor trains; canonical: "
+            "a sum of rank-one terms of unit vectors; or tensor layers, in the format cp, tucker2, tucker, "
+            "tensor_train, tt_matrix, tensor_ring, block_term or hierarchical_tucker. Default: dense.",
             metavar="NAME",
             **LAYERS,
         ),
@@ -85,11 +87,27 @@ def train_command(
         int | None,
         typer.Option(min=1, help="Rank of the factored layers; of a smaller one, what it has.", metavar="R", **LAYERS),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a rank: the fraction of its parameters that each layer keeps; not for svdp and sttp.",
+            metavar="X",
+            **LAYERS,
+        ),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a rank: decompose the initial weights to this relative error; not for svdp and sttp.",
+            metavar="X",
+            **LAYERS,
+        ),
+    ] = None,
     spectrum: Annotated[
         str | None,
         typer.Option(
-            help="Singular values: identity (all 1), free, lipschitz (the largest 1), bounded (0.1 to 1). "
-            "Default: free.",
+            help="Singular values of svdp and sttp: identity (all 1), free, lipschitz (the largest 1), bounded "
+            "(0.1 to 1). Default: free.",
             metavar="NAME",
             **LAYERS,
         ),
@@ -97,8 +115,9 @@ def train_command(
     form: Annotated[
         str | None,
         typer.Option(
-            help="householder: coordinates for any Euclidean optimizer; stiefel: orthonormal frames for "
-            "riemannian-sgd. Default: householder.",
+            help="Of svdp and sttp: householder, coordinates for any Euclidean optimizer, or stiefel, orthonormal "
+            "frames for riemannian-sgd. Of canonical: euclidean, or oblique, unit vectors for riemannian-sgd. "
+            "Default: householder, euclidean.",
             metavar="NAME",
             **LAYERS,
         ),
@@ -111,7 +130,7 @@ def train_command(
         str | None,
         typer.Option(
             help="sgd, nesterov, adamw, sgdp, adamp, geoopt-sphere, psisgd, psigd, psiangular, psiadam or "
-            "riemannian-sgd. Default: psisgd; with --factorize sgd, in stiefel form riemannian-sgd.",
+            "riemannian-sgd. Default: psisgd; with --factorize sgd, in stiefel and oblique form riemannian-sgd.",
             metavar="NAME",
             **METHOD,
         ),
@@ -204,6 +223,8 @@ def train_command(
     retract train --resume runs/cifar10-resnet20-psiangular-0
 
     retract train --factorize sttp --rank 8 --spectrum lipschitz --form stiefel --skip fc
+
+    retract train --factorize tucker2 --budget 0.1 --skip block1.0,fc
     """
     from .experiment import Config, build_trainer, default_folder, plain, read_config, resolve
     from .runs import Run

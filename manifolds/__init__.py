@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from . import diagnostics
+from . import canonical, diagnostics
+from .grassmann import Grassmann
 from .oblique import Oblique
 from .psi import PSI
 from .spectral import SVDSpectral
@@ -15,11 +16,13 @@ __all__ = [
     "STTP",
     "Bounded",
     "Free",
+    "Grassmann",
     "Identity",
     "Lipschitz",
     "Oblique",
     "SVDSpectral",
     "Stiefel",
+    "canonical",
     "diagnostics",
 ]
 __version__ = version("retract")

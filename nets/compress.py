@@ -1,10 +1,12 @@
-"""Whole models at once: dense layers into spectral ones (`factorize`), and spectral ones into dense (`decompress`)."""
+"""Whole models at once: dense layers into factored ones (`factorize`), and factored ones into dense (`decompress`).
+
+`truncate` makes canonical layers smaller that have been trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from itertools import accumulate
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,180 +14,205 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from retract.manifolds.spectrum import SpectrumLike, as_spectrum
-from retract.manifolds.tensor_train import capped_ranks
 
-from ._layers import matrix_layers, obstacles
-from .layers.factored import FACTORED
-from .parametrizations._base import Form
+from ._conversion import KINDS, StaysDense
+from ._exchange import exchange, make_parametrized_dense, make_tensor_dense
+from ._layers import is_tensor_layer, obstacles, set_note
+from ._selection import PerLayer, Selection, Skip
+from ._truncation import Truncation, canonical_penalty, shrink_terms_, truncate
+from .parametrizations._base import SpectralParametrization
 from .parametrizations._layout import Modes
-from .parametrizations._registration import Execution, Init, layout_of
-from .parametrizations.models import spectral_weights
-from .parametrizations.spectral import sttp, svdp
+from .parametrizations.canonical import Canonical, canonical_weight
 
-__all__ = ["decompress", "factorize"]
+__all__ = ["Truncation", "canonical_penalty", "decompress", "factorize", "shrink_terms_", "truncate"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Rank = int | Sequence[int]
-Choice = TypeVar("Choice")
-PerLayer = Mapping[str, Choice] | Callable[[str, nn.Module], Choice | None]
-Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-_DENSE = {factored: dense for dense, factored in FACTORED.items()}
+_SIZES = ("rank", "budget", "error")
+_PARAMETRIZATIONS = (SpectralParametrization, Canonical)
 
 
 def factorize(
     model: Model,
-    kind: Literal["svdp", "sttp"],
-    rank: Rank | PerLayer[Rank],
-    spectrum: SpectrumLike = "free",
+    kind: str,
+    rank: Rank | PerLayer[Rank] | None = None,
+    spectrum: SpectrumLike | None = None,
     *,
+    budget: float | PerLayer[float] | None = None,
+    error: float | PerLayer[float] | None = None,
     skip: Skip = (),
     modes: Modes | PerLayer[Modes] | None = None,
-    form: Form = "householder",
-    execution: Execution = "auto",
-    init: Init = "fit",
+    form: Literal["householder", "stiefel", "euclidean", "oblique"] | None = None,
+    execution: Literal["auto", "factored", "weight"] | None = None,
+    init: str | None = None,
+    mode: Literal["fan_in", "fan_out", "fan_avg"] | None = None,
+    nonlinearity: str | None = None,
+    generator: torch.Generator | None = None,
 ) -> Model:
-    """Give every linear layer, convolution and embedding of a model a weight of chosen rank and spectrum, in place.
+    """Give every linear layer, convolution and embedding of a model a weight made of a few factors, in place.
 
-    A layer stays as it is if it has groups, or if its weight is parametrized already, is shared with another layer or
-    is no plain parameter; `retract.nets.summary` lists such layers with the reason. A layer that a model holds under
-    several names is converted once. The parameters are new ones: make the optimizer after this.
+    ========================  ==================================================  ==================================
+    kind                      weight                                              options
+    ========================  ==================================================  ==================================
+    ``"svdp"``                of chosen rank and spectrum, U diag(s) Vᵀ           rank, spectrum, form
+    ``"sttp"``                the same, U and V tensor trains                     rank, spectrum, form, modes
+    ``"canonical"``           sum of rank-one terms of unit vectors               rank, budget or error; form
+    ``"cp"``, ``"tucker2"``,  a tensor network (`retract.nets.layers.             rank, budget or error; modes
+    ...                       tensor_formats`), in a tensor layer                 (``"tt_matrix"``, ``"tensor_ring"``)
+    ========================  ==================================================  ==================================
+
+    All take ``skip``, ``execution`` and ``init``; where ``init`` may be a random start, ``mode``, ``nonlinearity`` and
+    ``generator`` are its options. Of ``rank``, ``budget`` and ``error`` exactly one is given.
+
+    A layer stays as it is if its weight is parametrized already, is shared with another layer or is no plain
+    parameter; if it has groups (all kinds but tensor networks); if it is an embedding (``"canonical"`` and tensor
+    networks); or if it is a transposed convolution, or of a class derived from torch's (tensor networks). It does too
+    if its ``budget`` or ``error`` would not make it smaller. `retract.nets.summary` lists such layers with the reason.
+    A layer that a model holds under several names is converted once. The layers remain the objects they were, with
+    their hooks; the parameters are new ones: make the optimizer after this.
 
     Args:
         model: a network, or a single layer.
-        kind: ``"svdp"`` or ``"sttp"``, as the functions of those names in `retract.nets.parametrizations`.
-        rank: an int, cut for each layer to the largest that its matrix allows (for ``"sttp"``, for each bond to the
-            largest that its tensor allows); for ``"sttp"`` also a tuple of the ranks of all bonds. Or a mapping from
-            names or patterns (`fnmatch`) to such ranks, where the first that fits a layer holds; or a function of
-            name and module. A layer without a rank, or with ``None``, stays dense.
-        spectrum: which singular values are allowed, by name or object (`retract.manifolds.spectrum`).
+        kind: of the table.
+        rank: an int, cut for each layer to the largest of use: that its matrix allows (``"svdp"``), for each bond the
+            largest that its tensor allows (``"sttp"``, tensor networks), the most terms that a tensor of its shape
+            can need (``"canonical"``). For ``"sttp"`` and tensor networks also a tuple of the ranks of all bonds. Or
+            a mapping from names or patterns (`fnmatch`) to such ranks, where the first that fits a layer holds; or a
+            function of name and module. A layer without a rank, or with ``None``, stays dense.
+        spectrum: which singular values are allowed, by name or object (`retract.manifolds.spectrum`). Default:
+            ``"free"``.
+        budget: of each layer, the most elements that it may store: a float in (0, 1] is a fraction of those of its
+            weight, an int a number. Or in the ways of ``rank``.
+        error: of each layer, the relative Frobenius error to which its weight is decomposed with as few elements as the
+            kind's method finds, in (0, 1). Or in the ways of ``rank``.
         skip: layers to leave as they are: names or patterns, of layers or of modules that contain them, or a
             predicate of name and module.
-        modes: for ``"sttp"``, the factors (of out, of fan_in) of each layer's matrix dimensions, as one value or in
-            the ways of ``rank``; layers without are split into primes.
-        form: ``"householder"`` or ``"stiefel"``.
-        execution: ``"auto"``, ``"factored"`` or ``"weight"``.
-        init: ``"fit"`` to approximate the present weights, or ``"spread"``.
+        modes: the factors of each layer's dimensions, as one value or in the ways of ``rank``: for ``"sttp"`` (of
+            out, of fan_in), by default primes; for ``"tt_matrix"`` and ``"tensor_ring"`` (of out, of in), by
+            default as equal as they can be.
+        form: ``"householder"`` (default) or ``"stiefel"`` for spectral kinds, ``"euclidean"`` (default) or
+            ``"oblique"`` for ``"canonical"``. The second one is for the optimizers of `retract.optim`.
+        execution: ``"auto"`` (default), ``"factored"`` or ``"weight"``.
+        init: ``"fit"`` (default) to approximate the present weights: ``"canonical"`` does it by the power method,
+            and by alternating least squares for ``"als"``. Otherwise ``"spread"`` for spectral kinds; ``"kaiming"``
+            for a random start of the others (`retract.nets.init`), whose vectors ``"canonical"`` draws normal, or
+            ``"uniform"``.
+        mode: of random starts, ``"fan_in"``, ``"fan_out"`` or ``"fan_avg"``.
+        nonlinearity: of random starts, a name that `torch.nn.init.calculate_gain` knows; ``"relu"`` by default.
+        generator: of random numbers.
 
     Returns:
         The model.
 
     Raises:
-        ValueError, TypeError: an argument that is not allowed for some layer; a name or pattern that fits none; or no
-            layer left to convert. The model is unchanged then.
+        ValueError, TypeError: an option that the kind does not take, or that is not allowed for some layer; a name or
+            pattern that fits none; or no layer left to convert. The model is unchanged then.
+
+    Warns:
+        UserWarning: canonical layers with more terms than can be told apart.
     """
-    if kind not in ("svdp", "sttp"):
-        raise ValueError(f"kind must be 'svdp' or 'sttp', got {kind!r}")
-    if kind == "svdp" and modes is not None:
-        raise ValueError("modes must be None for kind 'svdp', whose frames are not tensor trains")
-    options: dict[str, Any] = {"spectrum": as_spectrum(spectrum), "form": form, "execution": execution, "init": init}
-    layers = _Layers(model)
-    ranks: dict[str, Rank] = layers.choose("rank", rank)
-    splits: dict[str, Modes] = layers.choose("modes", modes)
-    reasons = obstacles(model) | dict.fromkeys(layers.skipped(skip), "skip names it")
-    reasons |= dict.fromkeys(layers.modules.keys() - ranks.keys(), "rank has none for it")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    per_layer = _given(rank=rank, budget=budget, error=error, modes=modes)
+    options = _given(spectrum=spectrum, form=form, execution=execution, init=init)
+    options |= _given(mode=mode, nonlinearity=nonlinearity, generator=generator)
+    size = _check_options(kind, [*per_layer, *options])
+    if "spectrum" in options:
+        options["spectrum"] = as_spectrum(options["spectrum"])
+    layers = Selection(model)
+    choices: dict[str, dict[str, Any]] = {name: layers.choose(name, value) for name, value in per_layer.items()}
+    reasons = obstacles(model, KINDS[kind].obstacle) | dict.fromkeys(layers.skipped(skip), "skip names it")
+    reasons |= dict.fromkeys(layers.modules.keys() - choices[size].keys(), f"{size} has none for it")
     chosen = {name: module for name, module in layers.modules.items() if name not in reasons}
-    if not chosen:
+    own = {name: {option: of[name] for option, of in choices.items() if name in of} for name in chosen}
+    converted, notes = _converted(kind, size, chosen, own, options)
+    if not converted:
+        reasons |= notes
         listed = "".join(f"\n  {name or 'the layer itself'}: {reasons[name]}" for name in layers.modules)
         raise ValueError(f"model has no layer to factorize{listed or ': no linear layer, embedding or convolution'}")
-    converted = [
-        _converted(name, module, kind, ranks[name], splits.get(name), **options) for name, module in chosen.items()
-    ]
-    for module, twin in zip(chosen.values(), converted, strict=True):
-        vars(module).update(vars(twin))
-        module.__class__ = type(twin)
+    for name, module in chosen.items():
+        if name in converted:
+            exchange(module, converted[name])
+        set_note(module, notes.get(name))
+    _warn_of_ambiguity(converted)
     return model
 
 
 def decompress(model: Model) -> Model:
-    """Give every spectral layer of a model a plain weight and its own class again, in place.
+    """Give every factored layer of a model a plain weight and its own class again, in place.
 
     The model keeps its function and loses the constraint. A weight needs a gradient if one of its factors did. The
     parameters are new ones, in the order they had before `factorize`: make the optimizer after this. A model
-    without spectral layers is returned as it is.
+    without factored layers is returned as it is.
 
     Returns:
         The model.
     """
-    for full_name, _, originals in list(spectral_weights(model)):
-        prefix, _, name = full_name.rpartition(".")
-        _make_dense(model.get_submodule(prefix), name, any(original.requires_grad for original in originals))
+    for module in list(model.modules()):
+        if is_tensor_layer(module):
+            make_tensor_dense(module)
+        elif parametrize.is_parametrized(module):
+            stored: Any = module.parametrizations
+            for name in [name for name, chain in stored.items() if isinstance(chain[0], _PARAMETRIZATIONS)]:
+                make_parametrized_dense(module, name)
     return model
 
 
-def _converted(name: str, module: nn.Module, kind: str, rank: Any, modes: Modes | None, **options: Any) -> nn.Module:
-    """What a layer is to become, as another module: none changes before the conversion of all has succeeded."""
-    twin = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    for registry in ("_parameters", "_buffers", "_modules"):
-        vars(twin)[registry] = vars(module)[registry].copy()
-    layout = layout_of(module, "weight")
-    is_cap = isinstance(rank, int)
-    try:
-        if kind == "svdp":
-            svdp(twin, min(rank, *layout.matrix_shape) if is_cap else rank, **options)
-        else:
-            modes = layout.prime_modes() if modes is None else layout.check_modes(modes)
-            sttp(twin, capped_ranks(*modes, rank) if is_cap else rank, modes=modes, **options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {name!r}: {error}" if name else str(error)) from error
-    return twin.train(module.training)
+def _given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _make_dense(module: nn.Module, name: str, trainable: bool) -> None:
-    """Put the product of the factors in their place, before the module's other parameters, as it was at first."""
-    with torch.no_grad():
-        value = getattr(module, name).clone(memory_format=torch.contiguous_format)
-    # Its own class, made anew: deep copies share the one that `parametrize` made, and removal edits the class.
-    made = type(module)
-    (base,) = made.__bases__
-    dense = _DENSE.get(base, base)
-    module.__class__ = type(f"Parametrized{dense.__name__}", (dense,), dict(vars(made)))
-    parametrize.remove_parametrizations(module, name)
-    delattr(module, name)  # a buffer, if nothing needs a gradient
-    module._parameters = {name: nn.Parameter(value, trainable), **module._parameters}
+def _check_options(kind: str, given: Sequence[str]) -> str:
+    """The name of the option that says how large layers become, once all that are given have been checked."""
+    allowed = KINDS[kind].options
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"kind {kind!r} takes no {name}: it takes {', '.join(allowed)}")
+    sizes = [name for name in _SIZES if name in allowed]
+    found = [name for name in sizes if name in given]
+    if len(found) != 1:
+        one = "rank" if sizes == ["rank"] else f"exactly one of {', '.join(sizes)}"
+        raise ValueError(f"{one} must be given for kind {kind!r}, got {' and '.join(found) or 'none'}")
+    return found[0]
 
 
-class _Layers:
-    """The layers of a model, and the two ways to speak of some of them: by patterns, or by a function."""
+def _converted(
+    kind: str,
+    size: str,
+    layers: Mapping[str, nn.Module],
+    own: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What layers are to become, and why some stay dense: none of them changes.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = matrix_layers(model)
-        names: dict[nn.Module, list[str]] = {module: [] for module in self.modules.values()}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if module in names:
-                names[module].append(name)
-        self._names = {name: names[module] for name, module in self.modules.items()}
-
-    def choose(self, argument: str, value: Choice | PerLayer[Choice] | None) -> dict[str, Choice]:
-        """What an argument says for each layer; layers for which it is None are left out."""
-        chosen: dict[str, Choice | None] = {}
-        if isinstance(value, Mapping):
-            for pattern, one in value.items():
-                for name in self.fitting(argument, pattern):
-                    chosen.setdefault(name, one)
-        elif callable(value):
-            chosen = {name: value(name, module) for name, module in self.modules.items()}
-        else:
-            chosen = dict.fromkeys(self.modules, value)
-        return {name: one for name, one in chosen.items() if one is not None}
-
-    def skipped(self, skip: Skip) -> list[str]:
-        """Names of the layers that the argument says to leave."""
-        if callable(skip):
-            return [name for name, module in self.modules.items() if skip(name, module)]
-        patterns = (skip,) if isinstance(skip, str) else skip
-        return [name for pattern in patterns for name in self.fitting("skip", pattern)]
-
-    def fitting(self, argument: str, pattern: str) -> list[str]:
-        """Names of the layers of which one name, or that of a module around them, fits the pattern."""
-        found = [name for name, names in self._names.items() if any(_fits(one, pattern) for one in names)]
-        if not found:
-            shown = ", ".join(list(self.modules)[:8]) + (", ..." if len(self.modules) > 8 else "")
-            raise ValueError(f"{argument}: {pattern!r} fits no layer of the model, which has {shown or 'none'}")
-        return found
+    Args:
+        kind: of weight.
+        size: the name of the option that says how large they become.
+        layers: by name.
+        own: by the same names, options of each layer.
+        options: of all.
+    """
+    converted: dict[str, nn.Module] = {}
+    notes: dict[str, str] = {}
+    for name, module in layers.items():
+        try:
+            converted[name] = KINDS[kind].convert(module, **own[name], **options).train(module.training)
+        except StaysDense as reason:
+            notes[name] = f"{kind} with {size}={own[name][size]}: {reason}"
+        except (TypeError, ValueError) as problem:
+            raise type(problem)(f"layer {name!r}: {problem}" if name else str(problem)) from problem
+    return converted, notes
 
 
-def _fits(name: str, pattern: str) -> bool:
-    ancestors = accumulate(name.split("."), "{}.{}".format)
-    return any(fnmatchcase(ancestor, pattern) for ancestor in ancestors)
+def _warn_of_ambiguity(layers: Mapping[str, nn.Module]) -> None:
+    """Tell of canonical layers with more terms than can be told apart."""
+    found = {name: canonical_weight(layer) for name, layer in layers.items()}
+    shown = [f"{name or 'the layer'} ({one[0].rank})" for name, one in found.items() if one and one[0].ambiguous]
+    if shown:
+        warnings.warn(
+            f"rank: more terms than can be told apart in {', '.join(shown)}: they have more degrees of freedom than "
+            "the weight has elements",
+            stacklevel=3,
+        )

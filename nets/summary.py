@@ -2,62 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ._layers import matrix_layers, obstacles
-from .layers.factored import FACTORED, products
-from .parametrizations._base import SpectralParametrization
-from .parametrizations.models import spectral_weights
-from .parametrizations.spectral import STTP
+from ._layer_summary import LayerSummary, layer_summary
+from ._layers import note_of, obstacles, weight_layers
 
 __all__ = ["LayerSummary", "Summary", "summary"]
-
-_FACTORED: tuple[type[nn.Module], ...] = tuple(FACTORED.values())
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """A linear layer, embedding or convolution of a model; all counts are of its weight alone.
-
-    Floating-point operations, two a multiplication, are per output position of a convolution, per input position of a
-    transposed one, per vector of a linear layer and per index of an embedding, where a dense look-up costs nothing.
-    They are those of the way the layer runs; what making the weight or its factors costs, once a call, is not counted.
-    """
-
-    #: Name of the module in the model.
-    name: str
-    #: ``"svdp"``, ``"sttp"`` or ``"dense"``.
-    kind: str
-    #: Shape of the weight, in torch's order.
-    shape: tuple[int, ...]
-    #: Trainable elements stored.
-    parameters: int
-    #: Dimension of the set of weights that the layer can have.
-    degrees_of_freedom: int
-    #: Elements of the weight.
-    elements: int
-    #: Floating-point operations as the layer runs.
-    flops: int
-    #: Floating-point operations of the dense layer.
-    dense_flops: int
-    #: Whether it runs on the factors and never builds the weight.
-    factored: bool = False
-    #: Rank of a spectral weight's matrix.
-    rank: int | None = None
-    #: Ranks of all bonds of a tensor train, from the first mode of out inward and from there to the first of fan_in.
-    bonds: tuple[int, ...] | None = None
-    #: Largest and smallest singular value of a spectral weight's matrix.
-    largest: float | None = None
-    smallest: float | None = None
-    #: Why `retract.nets.factorize` leaves this layer dense, if it has to.
-    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,13 +26,13 @@ class Summary:
 
     @property
     def degrees_of_freedom(self) -> int:
-        """Those of the spectral weights, and every element outside of them, running statistics included."""
-        return self._outside + sum(layer.degrees_of_freedom for layer in self._spectral)
+        """Those of the factored weights, and every element outside of them, running statistics included."""
+        return self._outside + sum(layer.degrees_of_freedom for layer in self._factored)
 
     @property
     def elements(self) -> int:
         """What `degrees_of_freedom` would be if all layers were dense."""
-        return self._outside + sum(layer.elements for layer in self._spectral)
+        return self._outside + sum(layer.elements for layer in self._factored)
 
     @property
     def compression(self) -> float:
@@ -86,19 +40,23 @@ class Summary:
         return 100 * self.degrees_of_freedom / max(self.elements, 1)
 
     @property
-    def _spectral(self) -> list[LayerSummary]:
+    def dense_parameters(self) -> int:
+        """What `parameters` would be if all layers were dense."""
+        return self.elements - self.running_statistics
+
+    @property
+    def _factored(self) -> list[LayerSummary]:
         return [layer for layer in self.layers if layer.kind != "dense"]
 
     @property
     def _outside(self) -> int:
-        """Elements outside of spectral weights: the C_l of eq. (11), and dense weights."""
-        return self.parameters + self.running_statistics - sum(layer.parameters for layer in self._spectral)
+        """Elements outside of factored weights: the C_l of eq. (11), and dense weights."""
+        return self.parameters + self.running_statistics - sum(layer.parameters for layer in self._factored)
 
     def __str__(self) -> str:
-        rows = [_HEADER, *(_cells(layer) for layer in self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
+        lines = _table(self.layers)
+        networks = {layer.equation: layer.kind for layer in self.layers if layer.equation is not None}
+        lines += [f"{kind}: {equation}, ranks {_bonds(equation)}" for equation, kind in networks.items()]
         lines += [f"{layer.name or '(model)'} is dense: {layer.obstacle}" for layer in self.layers if layer.obstacle]
         lines.append(
             f"Z = {self.compression:.2f} %: {self.degrees_of_freedom:,} degrees of freedom, where the dense model has "
@@ -108,11 +66,12 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Describe a model's linear layers, embeddings and convolutions, and how far spectral weights compress it.
+    """Describe a model's linear layers, embeddings and convolutions, and how far factored weights compress it.
 
-    Z counts degrees of freedom, not what is stored; biases, and normalisation layers with their running statistics,
-    count on both sides. Singular values are those of the weights' matrices, computed from the stored factors. A
-    module that the model holds under several names is listed once.
+    Z counts degrees of freedom, not what is stored (of tensor layers the elements of their cores, some of which are
+    gauge); biases, and normalisation layers with their running statistics, count on both sides. Singular values are
+    those of the weights' matrices, computed from the stored factors. A module that the model holds under several
+    names is listed once.
 
     Returns:
         A `Summary`: ``layers`` has a row for each layer, ``compression`` is Z, and its string is a table.
@@ -123,12 +82,7 @@ def summary(model: nn.Module) -> Summary:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(f"model: {name} has no shape yet: run one forward pass of the lazy model first")
-    spectral = {name: (parametrization, originals) for name, parametrization, originals in spectral_weights(model)}
     reasons = obstacles(model)
-    rows = []
-    for name, module in matrix_layers(model).items():
-        found = spectral.get(f"{name}.weight" if name else "weight")
-        rows.append(_dense(name, module, reasons.get(name, "")) if found is None else _spectral(name, module, *found))
     statistics = (
         statistic
         for module in model.modules()
@@ -137,90 +91,59 @@ def summary(model: nn.Module) -> Summary:
         if statistic is not None
     )
     return Summary(
-        layers=tuple(rows),
+        layers=tuple(
+            layer_summary(name, module, note_of(module) or reasons.get(name, ""))
+            for name, module in weight_layers(model).items()
+        ),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         running_statistics=sum(statistic.numel() for statistic in statistics),
     )
 
 
-@torch.no_grad()
-def _spectral(
-    name: str, module: nn.Module, parametrization: SpectralParametrization, originals: Sequence[Tensor]
-) -> LayerSummary:
-    values = parametrization.singular_values(*originals).double()
-    factored = isinstance(module, _FACTORED) and len(module.parametrizations.weight) == 1  # type: ignore[union-attr, arg-type]
-    dense_products, factored_products = products(module, parametrization.rank)
-    return LayerSummary(
-        name=name,
-        kind=type(parametrization).__name__.lower(),
-        shape=parametrization.layout.weight_shape,
-        rank=parametrization.rank,
-        bonds=parametrization.ranks if isinstance(parametrization, STTP) else None,
-        parameters=sum(original.numel() for original in originals),
-        degrees_of_freedom=parametrization.degrees_of_freedom,
-        elements=math.prod(parametrization.layout.weight_shape),
-        factored=factored,
-        flops=2 * (factored_products if factored else dense_products),
-        dense_flops=2 * dense_products,
-        largest=float(values.amax()),
-        smallest=float(values.amin()),
-    )
-
-
-def _dense(name: str, module: nn.Module, obstacle: str) -> LayerSummary:
-    shape = _weight_shape(module)
-    elements = math.prod(shape)
-    flops = 0 if isinstance(module, nn.Embedding) else 2 * elements
-    return LayerSummary(
-        name=name,
-        kind="dense",
-        shape=shape,
-        parameters=elements,
-        degrees_of_freedom=elements,
-        elements=elements,
-        flops=flops,
-        dense_flops=flops,
-        obstacle=obstacle,
-    )
-
-
-def _weight_shape(module: Any) -> tuple[int, ...]:
-    """From the layer's arguments: a weight may have no shape yet, or be one that reading it changes."""
-    if isinstance(module, nn.Linear):
-        return (module.out_features, module.in_features)
-    if isinstance(module, nn.Embedding):
-        return (module.num_embeddings, module.embedding_dim)
-    first, second = module.out_channels, module.in_channels
-    if module.transposed:
-        first, second = second, first
-    return (first, second // module.groups, *module.kernel_size)
-
-
-_HEADER = (
-    *("layer", "weight", "kind", "rank", "stored", "DOF", "elements"),
-    *("FLOPs", "if dense", "runs", "largest s", "least s"),
+#: Of each column the header, the text of a layer's cell, and whether it is there for every model.
+_COLUMNS: tuple[tuple[str, Callable[[LayerSummary], str], bool], ...] = (
+    ("layer", lambda layer: layer.name or "(model)", True),
+    ("weight", lambda layer: "x".join(map(str, layer.shape)), True),
+    ("kind", lambda layer: layer.kind, True),
+    ("rank", lambda layer: _rank(layer), True),
+    ("stored", lambda layer: f"{layer.parameters:,}", True),
+    ("DOF", lambda layer: f"{layer.degrees_of_freedom:,}", True),
+    ("elements", lambda layer: f"{layer.elements:,}", True),
+    ("FLOPs", lambda layer: f"{layer.flops:,}", True),
+    ("if dense", lambda layer: f"{layer.dense_flops:,}", True),
+    ("runs", lambda layer: "factored" if layer.factored else "dense", True),
+    ("largest s", lambda layer: _figure(layer.largest), False),
+    ("least s", lambda layer: _figure(layer.smallest), False),
+    ("degeneracy", lambda layer: _figure(layer.degeneracy), False),
 )
 _TEXT = 3  # columns of text, on the left
 
 
-def _cells(layer: LayerSummary) -> tuple[str, ...]:
-    return (
-        layer.name or "(model)",
-        "x".join(map(str, layer.shape)),
-        layer.kind,
-        "" if layer.rank is None else str(layer.rank),
-        f"{layer.parameters:,}",
-        f"{layer.degrees_of_freedom:,}",
-        f"{layer.elements:,}",
-        f"{layer.flops:,}",
-        f"{layer.dense_flops:,}",
-        "factored" if layer.factored else "dense",
-        *("" if value is None else f"{value:.4g}" for value in (layer.largest, layer.smallest)),
-    )
+def _bonds(equation: str) -> str:
+    """The indices that are summed, in the order of the ranks."""
+    cores, external = equation.split("->")
+    return ",".join(label for label in dict.fromkeys(cores.replace(",", "")) if label not in external)
 
 
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [
-        cell.ljust(width) if column < _TEXT else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
+def _rank(layer: LayerSummary) -> str:
+    if layer.equation is not None:
+        return ",".join(map(str, layer.bonds or ()))
+    return "" if layer.rank is None else str(layer.rank)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _table(layers: Sequence[LayerSummary]) -> list[str]:
+    """Lines of the table: columns that no layer of the model fills are left out."""
+    columns = [[header, *map(text, layers)] for header, text, always in _COLUMNS if always or any(map(text, layers))]
+    rows = zip(*(_aligned(cells, index < _TEXT) for index, cells in enumerate(columns)), strict=True)
+    lines = ["  ".join(row).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines
+
+
+def _aligned(cells: Sequence[str], left: bool) -> list[str]:
+    width = max(map(len, cells))
+    return [cell.ljust(width) if left else cell.rjust(width) for cell in cells]

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from .clip import clip_grad_norm_
+from .frobenius_decay import FrobeniusDecay
 from .psi import PSISGD
 from .psi_adam import PSIAdam
 from .psi_angular import PSIAngular
@@ -10,5 +11,14 @@ from .psi_descent import PSIGD
 from .riemannian import RiemannianSGD
 from .riemannian_descent import RiemannianGD
 
-__all__ = ["PSIGD", "PSISGD", "PSIAdam", "PSIAngular", "RiemannianGD", "RiemannianSGD", "clip_grad_norm_"]
+__all__ = [
+    "PSIGD",
+    "PSISGD",
+    "FrobeniusDecay",
+    "PSIAdam",
+    "PSIAngular",
+    "RiemannianGD",
+    "RiemannianSGD",
+    "clip_grad_norm_",
+]
 __version__ = version("retract")

@@ -63,7 +63,7 @@ def test_wheel_holds_every_file_and_nothing_else(distributions: dict[str, Path])
     assert {n for n in names if ".dist-info/" not in n} == shipped_files()
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
     core = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, flags=re.MULTILINE)
-    assert core == ["torch", "geoopt", "numpy", "scipy"]
+    assert core == ["torch", "geoopt", "numpy", "scipy", "opt_einsum", "tensorly"]
 
 
 def test_sdist_holds_every_file(distributions: dict[str, Path]) -> None:

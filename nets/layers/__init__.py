@@ -10,8 +10,13 @@ from .factored import (
     FactoredEmbedding,
     FactoredLinear,
 )
+from .low_rank import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, low_rank_layer
+from .tensor import TensorConv1d, TensorConv2d, TensorConv3d, TensorLinear, tensor_layer
+from .tensor_formats import FORMATS, tensor_network
+from .tensor_network import TensorNetwork
 
 __all__ = [
+    "FORMATS",
     "FactoredConv1d",
     "FactoredConv2d",
     "FactoredConv3d",
@@ -20,4 +25,16 @@ __all__ = [
     "FactoredConvTranspose3d",
     "FactoredEmbedding",
     "FactoredLinear",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankLinear",
+    "TensorConv1d",
+    "TensorConv2d",
+    "TensorConv3d",
+    "TensorLinear",
+    "TensorNetwork",
+    "low_rank_layer",
+    "tensor_layer",
+    "tensor_network",
 ]

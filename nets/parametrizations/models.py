@@ -1,4 +1,4 @@
-"""Spectral layers of a whole model: parameter groups for Riemannian optimizers, and frames computed together."""
+"""Layers of a whole model: parameter groups for Riemannian optimizers, and frames of spectral layers made together."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from retract.manifolds.oblique import Oblique
+
 from ._base import SpectralParametrization, spectral_weight, widened
 from ._charts import evaluate
+from .canonical import Canonical, canonical_weight
 
-__all__ = ["shared_frames", "spectral_groups", "spectral_weights"]
+__all__ = ["canonical_weights", "manifold_groups", "shared_frames", "spectral_weights"]
 
 
 def spectral_weights(model: nn.Module) -> Iterator[tuple[str, SpectralParametrization, tuple[Tensor, ...]]]:
@@ -29,12 +32,24 @@ def spectral_weights(model: nn.Module) -> Iterator[tuple[str, SpectralParametriz
                     yield (f"{prefix}.{name}" if prefix else name), *found
 
 
-def spectral_groups(model: nn.Module, euclidean_lr: float | None = None) -> list[dict[str, Any]]:
-    """Param groups for the optimizers of `retract.optim`: one for each spectral layer in Stiefel form.
+def canonical_weights(model: nn.Module) -> Iterator[tuple[str, Canonical, tuple[Tensor, ...]]]:
+    """Every weight of a model made by `Canonical`: its name, the parametrization and the tensors it stores."""
+    for prefix, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for name in module.parametrizations:
+                found = canonical_weight(module, name)
+                if found is not None:
+                    yield (f"{prefix}.{name}" if prefix else name), *found
 
-    The parameters of such a group are the factors of one point, in order; its manifold is the layer's. All other
-    parameters of the model, Householder coordinates among them, are in a last group, with learning rate
-    ``euclidean_lr`` if that is given. Parameters come as pairs (name, parameter).
+
+def manifold_groups(model: nn.Module, euclidean_lr: float | None = None) -> list[dict[str, Any]]:
+    """Param groups for the optimizers of `retract.optim`, from how the weights of a model are parametrized.
+
+    There is one group for each spectral layer in Stiefel form: its parameters are the factors of one point, in order,
+    and its manifold is the layer's. All factors of canonical layers in oblique form are in one group, each a
+    point of `Oblique`. All other parameters of the model, Householder coordinates and the weights of canonical terms
+    among them, are in a last group, with learning rate ``euclidean_lr`` if that is given. Parameters come as
+    pairs (name, parameter).
     """
     points: dict[int, int] = {}
     groups: list[dict[str, Any]] = []
@@ -42,6 +57,12 @@ def spectral_groups(model: nn.Module, euclidean_lr: float | None = None) -> list
         if parametrization.form == "stiefel":
             points.update((id(p), len(groups)) for p in originals)
             groups.append({"params": [], "manifold": parametrization.manifold})
+    factors = [
+        id(p) for _, canonical, (_, *rows) in canonical_weights(model) if canonical.form == "oblique" for p in rows
+    ]
+    if factors:
+        points.update(dict.fromkeys(factors, len(groups)))
+        groups.append({"params": [], "manifold": Oblique(0)})
     rest: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         index = points.get(id(parameter))

@@ -124,7 +124,7 @@ def svdp(
         rank: 1 <= rank <= min(out, fan_in).
         spectrum: allowed singular values: ``"identity"``, ``"free"``, ``"lipschitz"``, ``"bounded"`` or a `Spectrum`.
         form: ``"householder"``: coordinates, for any optimizer; or ``"stiefel"``: factors, for the optimizers of
-            `retract.optim` with the groups of `spectral_groups`.
+            `retract.optim` with the groups of `manifold_groups`.
         execution: ``"weight"`` builds the weight for every call; ``"factored"`` never does: a convolution becomes
             one to ``rank`` channels and a 1 x 1, the other layers two products. Both give the same results and have
             the same state dict. ``"auto"`` takes the one with fewer multiplications.

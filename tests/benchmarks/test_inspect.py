@@ -113,6 +113,12 @@ def test_model_from_a_package(run):
         (["digitsnet", "--input-shape", "1,0,8"], "want positive sizes"),
         (["digitsnet", "--input-shape", "3,8,8"], "forward pass failed on example_input"),
         (["digitsnet", "--batch", "0"], "--batch"),
+        (["digitsnet", "--plot", "a.png"], "means something only with --variance"),
+        (["digitsnet", "--rank", "4"], "means something only with --spectra or --variance"),
+        (["digitsnet", "--variance", "--spectra"], "choose one"),
+        (["digitsnet", "--variance", "--input-shape", "3,8,8"], "forward pass failed on the inputs"),
+        (["digitsnet", "--variance", "--plot", "nowhere/a.png"], "No such file or directory"),
+        (["digitsnet", "--variance", "--plot", "a.table"], "'table' is not supported"),
     ],
 )
 def test_errors(run, arguments, message):
@@ -134,3 +140,34 @@ def test_scalar_parameters_and_markup_in_names_are_printed_as_they_are():
     text = printed(invariance_table(Scaled(), (torch.randn(3),)), width=120)
     assert "[red]gain" in text
     assert "scalar" in text
+
+
+def test_variance_of_a_zoo_model_as_table_and_json(run):
+    lines = run("digitsnet", "--variance").output.splitlines()
+    assert lines[0].split() == ["layer", "module", "E[y²]", "forward", "E[g²]", "backward"]
+    assert [line.split()[0] for line in lines[2:6]] == ["block1.0", "block2.0", "block3.0", "fc"]
+    assert [line.split()[0] for line in lines[7:]] == ["arithmetic", "geometric"]
+    result = run("digitsnet", "--variance", "--json")
+    assert result.output == run("digitsnet", "--variance", "--json").output, "weights are drawn with a seed"
+    found = json.loads(result.output)
+    row = found["layers"][1]
+    assert row["name"] == "block2.0"
+    assert row["forward"] == pytest.approx(row["moment"] / found["layers"][0]["moment"])
+    mean = sum(layer["backward"] for layer in found["layers"][1:]) / 3
+    assert found["backward"][0] == pytest.approx(mean)
+
+
+def test_variance_of_integer_inputs_has_no_ratio_to_them(run, tmp_path):
+    (tmp_path / "mine.py").write_text(MODEL_FILE)
+    found = json.loads(run(f"{tmp_path / 'mine.py'}:tokens", "--variance", "--json").output)
+    assert [row["name"] for row in found["layers"]] == ["out"]
+    assert found["layers"][0]["forward"] is None
+    assert found["layers"][0]["moment"] > 0
+
+
+def test_variance_of_factored_layers_and_its_plot(run, tmp_path):
+    plot = tmp_path / "variance.svg"
+    options = ("--factorize", "svdp", "--rank", "4", "--plot", str(plot), "--json")
+    found = json.loads(run("digitsnet", "--variance", *options).output)
+    assert ["Factored" in row["kind"] for row in found["layers"]] == [True] * 4
+    assert plot.read_text().startswith("<?xml")

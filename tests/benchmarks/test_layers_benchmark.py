@@ -328,3 +328,12 @@ def test_a_table_of_unfinished_and_diverged_runs():
     assert costs.rows[0][2:] == ["2.00", "31.7", "1.0e-06", "6.0e-07"]
     assert forms.rows == tuning.rows == []
     assert layers_report.tables({})[0].rows == []
+
+
+def test_steps_are_timed_without_a_folder(invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("retract.benchmarks.layers.STEPS_SECONDS", 0.1)
+    out = tmp_path / "run"
+    status, output, error = invoke("--steps", "--methods", "dense,STTP Stiefel", "--out", out)
+    assert status == 0, error
+    assert "digitsnet" in output and "STTP Stiefel" in output
+    assert not out.exists()

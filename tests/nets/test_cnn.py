@@ -1,10 +1,14 @@
 """The zoo: published sizes, shapes, and structure that agrees with measurement."""
 
+import math
+
 import geoopt
 import pytest
 import torch
 
 from retract.nets import cnn, find_scale_invariant
+from retract.nets.layers.canonical import CanonicalLinear
+from retract.nets.parametrizations import Canonical, canonical_weights
 
 COUNTS = {
     "digitsnet": 14_458,
@@ -189,3 +193,79 @@ def test_bad_arguments():
         cnn.resnet18(stem="mnist")
     with pytest.raises(ValueError, match="depth must be 6n"):
         cnn.WideResNet(12, 2)
+
+
+PLAIN = {"mnist_convnet": 1_199_882, "cifar_alexnet": 6_976_842}
+# Of the canonical networks, by the paper's count: vectors of unit modes and one sigma for each layer are in it.
+CANONICAL = {"mnist_convnet": 1_226_038, "cifar_alexnet": 9_253_171}
+# The published run kept int(R (1 - percent / 100)) terms of each layer.
+TRUNCATED = {25: 919_457, 50: 613_118, 75: 306_537}
+
+
+def published(model, percent=0):
+    """The paper's count of parameters when each layer has lost so many percent of its terms."""
+    biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
+    return biases + sum(
+        Canonical(canonical.shape, int(canonical.rank * (1 - percent / 100))).published_parameters
+        for _, canonical, _ in canonical_weights(model)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(CANONICAL))
+def test_published_counts_of_canonical_networks(name):
+    model = cnn.MODELS[name](weights="canonical")
+    layers = [canonical for _, canonical, _ in canonical_weights(model)]
+    assert published(model) == CANONICAL[name]
+    not_stored = sum(1 + canonical.rank * canonical.shape.count(1) for canonical in layers)
+    assert count(model) == CANONICAL[name] - not_stored
+    assert not_stored == {"mnist_convnet": 4 + 11, "cifar_alexnet": 8}[name]
+    assert count(cnn.MODELS[name]()) == PLAIN[name]
+    channels = sum(canonical.shape[0] for canonical in layers)
+    assert count(cnn.MODELS[name](weights="weight_norm")) == PLAIN[name] + channels
+    if name == "mnist_convnet":
+        assert [canonical.rank for canonical in layers] == [11, 270, 128, 10]
+        assert {percent: published(model, percent) for percent in TRUNCATED} == TRUNCATED
+
+
+def test_convolutions_of_the_published_networks_are_larger_than_dense_ones():
+    """Before truncation: 1.36 to 1.54 times, which is what the paper's ranks come to."""
+    for name, low, high in (("mnist_convnet", 1.5, 1.52), ("cifar_alexnet", 1.35, 1.55)):
+        model = cnn.MODELS[name](weights="canonical")
+        large = [c for _, c, _ in canonical_weights(model) if len(c.shape) == 4 and min(c.shape[:2]) > 3]
+        for canonical in large:
+            assert low < canonical.published_parameters / math.prod(canonical.shape) < high
+
+
+@pytest.mark.parametrize("name", sorted(CANONICAL))
+@pytest.mark.parametrize("weights", ["weight_norm", "canonical"])
+def test_variants_of_networks_without_normalisation(name, weights):
+    torch.manual_seed(0)
+    model = cnn.MODELS[name](7, weights=weights).eval()
+    x = torch.randn(2, *cnn.INPUT_SHAPES[name])
+    output = model(x)
+    assert output.shape == (2, 7)
+    output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if weights == "canonical":
+        assert 0.05 < output.std() < 20
+        assert type(model.classifier[-1]).__bases__ == (CanonicalLinear,)
+
+
+def test_groups_of_a_network_in_oblique_form():
+    model = cnn.mnist_convnet(weights="canonical", form="oblique", init="uniform")
+    factors, rest = model.manifold_groups(euclidean_lr=0.1)
+    assert str(factors["manifold"]) == "Oblique(dim=0)"
+    assert [tuple(p.shape) for _, p in factors["params"]][:3] == [(11, 32), (11, 3), (11, 3)]
+    assert len(factors["params"]) == 3 + 4 + 2 + 2
+    assert rest["lr"] == 0.1 and len(rest["params"]) == 8
+
+
+def test_bad_weights():
+    with pytest.raises(ValueError, match="weights must be 'plain', 'weight_norm' or 'canonical', got 'cp'"):
+        on_meta(cnn.mnist_convnet, weights="cp")
+    with pytest.raises(TypeError, match="form: an option of weights='canonical', got weights='plain'"):
+        on_meta(cnn.mnist_convnet, form="oblique")
+    with pytest.raises(ValueError, match="has no normalisation layer"):
+        on_meta(cnn.mnist_convnet, manifold="psi", weights="canonical")
+    with pytest.raises(ValueError, match="meta device"):
+        on_meta(cnn.mnist_convnet, weights="canonical")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retract.nets.parametrizations import spectral_groups, spectral_weights, sttp, svdp
+from retract.nets.parametrizations import manifold_groups, spectral_weights, sttp, svdp
 from retract.optim import RiemannianSGD
 
 CAP = 1.0
@@ -27,7 +27,7 @@ KINDS = {"svdp": svdp, "sttp": sttp}
 METHODS = {
     "householder, SGD": ("householder", lambda layer: torch.optim.SGD(layer.parameters(), lr=0.3, momentum=0.9)),
     "householder, Adam": ("householder", lambda layer: torch.optim.Adam(layer.parameters(), lr=0.01)),
-    "stiefel, RiemannianSGD": ("stiefel", lambda layer: RiemannianSGD(spectral_groups(layer), lr=0.3, momentum=0.9)),
+    "stiefel, RiemannianSGD": ("stiefel", lambda layer: RiemannianSGD(manifold_groups(layer), lr=0.3, momentum=0.9)),
 }
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from retract.nets.parametrizations import _charts, shared_frames, spectral_groups, spectral_weights, sttp, svdp
+from retract.nets.parametrizations import _charts, manifold_groups, shared_frames, spectral_weights, sttp, svdp
 from retract.optim import RiemannianSGD
 
 WRAPS = (svdp, sttp)
@@ -29,7 +29,7 @@ def test_riemannian_sgd_trains_the_stiefel_form(wrap, spectrum):
     torch.manual_seed(1)
     teacher = wrap(nn.Linear(12, 8, dtype=torch.float64), 3, spectrum)
     student = nn.Sequential(wrap(nn.Linear(12, 8, dtype=torch.float64), 3, spectrum, form="stiefel"))
-    groups = spectral_groups(student, euclidean_lr=0.01)
+    groups = manifold_groups(student, euclidean_lr=0.01)
     ((_, parametrization, originals),) = spectral_weights(student)
     assert [name for name, _ in groups[0]["params"]] == [
         f"0.parametrizations.weight.original{i}" for i in range(len(originals))
@@ -51,13 +51,13 @@ def test_riemannian_sgd_trains_the_stiefel_form(wrap, spectrum):
 
 def test_groups_of_a_model():
     model = nn.Sequential(network(svdp, form="stiefel"), network(sttp), nn.Linear(5, 5), network(sttp, form="stiefel"))
-    groups = spectral_groups(model)
+    groups = manifold_groups(model)
     names = [name for group in groups for name, _ in group["params"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     kinds = [type(group.get("manifold")).__name__ for group in groups]
     assert kinds == ["SVDSpectral"] * 3 + ["STTP"] * 3 + ["NoneType"]
     RiemannianSGD(groups, lr=0.1)
-    assert spectral_groups(nn.Linear(2, 2), euclidean_lr=0.5)[0]["lr"] == 0.5
+    assert manifold_groups(nn.Linear(2, 2), euclidean_lr=0.5)[0]["lr"] == 0.5
     names = [name for name, *_ in spectral_weights(model)]
     assert names[:3] == ["0.0.weight", "0.3.weight", "0.5.weight"]
     assert [name for name, *_ in spectral_weights(model[0][0])] == ["weight"]

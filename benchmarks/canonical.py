@@ -1,0 +1,224 @@
+"""`retract bench canonical`: canonical networks beside plain and weight-normalized ones, and what is left of them when
+their terms are cut.
+
+All begin at random and are trained alike, with Adam at the best of the same few learning rates on a validation split.
+Then a part of the terms of each canonical network is kept, by the same fraction in every layer, or by one error over
+all layers with as many parameters; and it is fine-tuned in all of its weights, from the state that the optimizer had
+for them. Networks of as few terms that are trained from scratch, for as long, show what the terms cut away were for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from .canonical_cell import METHODS, Cell, Settings, load_data, train_cell
+from .grid import compute, finished
+from .runs import Run
+
+__all__ = ["MODELS", "RATES", "TUNED", "best_rates", "canonical_command", "run_grid"]
+
+MODELS = ("mnist_convnet", "cifar_alexnet")
+RATES = (3e-4, 1e-3, 3e-3)
+FINE_TUNING_RATE = 5e-3  # not tuned: set between two rates of a trial in which a higher one was better
+TUNING_SEED = 1000
+KEPT = "0.75,0.5,0.25,0.1"
+TUNED = {"canonical l1": "canonical"}  # a method that has the learning rate of another
+
+
+# ------------------------------------------------------------------------------------------------------- the grid
+
+
+def run_grid(
+    run: Run, settings: Settings, methods: list[str], kept: list[float], seeds: int, scratch: bool, **options: Any
+) -> bool:
+    """Tune and train every method, then cut the terms of those that have any; ``options`` as :func:`.grid.compute`.
+
+    Returns:
+        Whether all cells are finished.
+    """
+    torch.set_num_threads(1)
+    load_data(settings)  # before there are workers: they inherit it
+    work = partial(train_cell, settings, run.folder)
+    tuning = tuning_cells(methods)
+    if not compute(run, tuning, work, **options):
+        return False
+    rates = best_rates(finished(run, tuning), methods)
+    training = training_cells(rates, seeds)
+    if not compute(run, training, work, **options):
+        return False
+    trained = [cell for cell, record in finished(run, training).items() if record["accuracy"] is not None]
+    return compute(run, smaller_cells(trained, kept, scratch), work, **options)
+
+
+def tuning_cells(methods: list[str]) -> list[Cell]:
+    """Every method that has a rate of its own, at every rate."""
+    own = dict.fromkeys(TUNED.get(method, method) for method in methods)
+    return [Cell(method, lr, TUNING_SEED, "tuning") for lr, method in product(RATES, own)]
+
+
+def training_cells(rates: dict[str, float], seeds: int) -> list[Cell]:
+    """Every method at its rate, seed after seed."""
+    return [Cell(method, lr, seed) for seed in range(seeds) for method, lr in rates.items()]
+
+
+def smaller_cells(trained: list[Cell], kept: list[float], scratch: bool) -> list[Cell]:
+    """The truncations of trained networks; after them networks of as few terms from scratch, if they are wanted.
+
+    All terms, kept, are a truncation too: they show what fine-tuning alone is good for.
+    """
+    cells = []
+    for cell in trained:
+        method = METHODS[cell.method]
+        cuts = [(part, cut) for part, cut in product(kept, method.cuts)] + [(1.0, cut) for cut in method.cuts[:1]]
+        cells += [Cell(cell.method, cell.lr, cell.seed, "truncation", *cut) for cut in cuts]
+        if scratch and method.cuts and not method.pressed:
+            cells += [Cell(cell.method, cell.lr, cell.seed, "scratch", part) for part in kept]
+    return cells
+
+
+def best_rates(tuned: dict[Cell, dict[str, Any]], methods: list[str]) -> dict[str, float]:
+    """For each of ``methods`` the rate of the lowest loss on the validation split.
+
+    Raises:
+        ValueError: a method diverged at every rate.
+    """
+    losses: dict[str, dict[float, float]] = {}
+    for cell, record in tuned.items():
+        loss = math.inf if record["unseen_loss"] is None else record["unseen_loss"]
+        losses.setdefault(cell.method, {})[cell.lr] = loss
+    for method, rates in losses.items():
+        if min(rates.values()) == math.inf:
+            raise ValueError(f"{method} diverged at every learning rate of {', '.join(f'{lr:g}' for lr in rates)}")
+    best = {method: min(rates, key=rates.__getitem__) for method, rates in losses.items()}
+    return {method: best[TUNED.get(method, method)] for method in methods}
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def canonical_command(
+    data: Annotated[str, typer.Option(help="mnist, cifar10 or svhn.", metavar="NAME")] = "mnist",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="mnist_convnet or cifar_alexnet. Default: the one for the images.", metavar="NAME"),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help=f"Comma-separated, of: {', '.join(METHODS)}. Default: all.", show_default=False
+        ),
+    ] = None,
+    kept: Annotated[str, typer.Option(help="Fractions of the terms that are kept.", metavar="X,Y")] = KEPT,
+    scratch: Annotated[
+        bool, typer.Option("--scratch/--no-scratch", help="Train networks of as few terms from scratch, too.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the comparison.", metavar="N")] = 3,
+    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.", metavar="N")] = 4,
+    tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a tuning run.", metavar="N")] = 1,
+    fine_tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs after a truncation.", metavar="N")] = 3,
+    fine_tuning_lr: Annotated[
+        float, typer.Option(help="Highest learning rate after a truncation.", metavar="X")
+    ] = FINE_TUNING_RATE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 128,
+    pressure: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Of the l1 penalty: a step has a threshold of X times the learning rate.",
+            metavar="X",
+        ),
+    ] = 0.2,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.", metavar="N")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
+    amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.")] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a run) and the runs.")
+    ] = Path("runs/canonical"),
+) -> None:
+    """Train plain, weight-normalized and canonical networks, cut the terms of these, fine-tune, and compare.
+
+    Learning rates are chosen on a tenth of the training images held out. Ctrl-C stops at the next step, and the same
+    command goes on.
+
+    For example:
+
+        retract bench canonical --data-dir ~/data --amp
+
+        retract bench canonical --data cifar10 --data-dir ~/data --amp --subset 6000 --epochs 15 --seeds 2
+    """
+    from rich.console import Console
+
+    from .canonical_report import tables, write_canonical_report
+
+    console = Console()
+    settings = Settings(
+        data=data,
+        data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
+        model=model or ("mnist_convnet" if data == "mnist" else "cifar_alexnet"),
+        subset=subset,
+        image_size=image_size,
+        epochs=epochs,
+        tuning_epochs=tuning_epochs,
+        fine_tuning_epochs=fine_tuning_epochs,
+        fine_tuning_lr=fine_tuning_lr,
+        batch_size=batch_size,
+        pressure=pressure,
+        device=device,
+        amp=amp,
+    )
+    if settings.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {settings.model!r}")
+    chosen = _methods(methods), _fractions(kept)
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    load_data(settings)  # what cannot be read is an error before there is a folder
+    run = Run.open_or_create(out, asdict(settings))
+
+    def show(record: dict[str, Any]) -> None:
+        accuracy = "diverged" if record["accuracy"] is None else f"{100 * record['accuracy']:.2f} %"
+        console.print(f"{Cell.of(record).name}  {accuracy}  ({record['seconds']:.0f} s)", highlight=False)
+
+    options: dict[str, Any] = {"processes": processes, "deadline": deadline, "on_record": show}
+    done = run_grid(run, settings, *chosen, seeds, scratch, **options)
+    results = {Cell.of(record): record for record in run.metrics()}
+    report = write_canonical_report(out / "report.html", results, settings)
+    for table in tables(results):
+        console.print(table.rich())
+    if not done:
+        console.print("Stopped before the end: the same command goes on.")
+    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _methods(text: str | None) -> list[str]:
+    names = list(METHODS) if text is None else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
+    return names
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        fractions = [float(part) for part in text.split(",")]
+    except ValueError:
+        fractions = []
+    if not fractions or not all(0 < part < 1 for part in fractions):
+        raise ValueError(f"--kept must be fractions between 0 and 1, such as 0.5,0.25, got {text!r}")
+    return fractions

@@ -1,0 +1,171 @@
+"""`retract bench init`: initializations of tensorial convolutions, ours beside torch's and tensorly-torch's.
+
+What they do to the variance of a weight; what a deep network of such layers does to signals and gradients; and whether
+a deep plain network, without normalisation and skip connections, trains on images. Every initialization has the same
+few learning rates, and takes the one that does best on images held out of the training images.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from retract.nets.layers.tensor_formats import FORMATS
+
+from .grid import compute, finished
+from .init_cell import Cell, Settings, load_data, train_cell
+from .init_depth import measure, measurements
+from .init_methods import TRAINED, knows
+from .runs import Run
+
+__all__ = ["PARTS", "RATES", "best_rates", "init_command", "run_parts"]
+
+PARTS = ("weights", "depth", "training")
+RATES = (3e-4, 1e-3, 3e-3)
+TUNING_SEED = 1000
+
+
+# ------------------------------------------------------------------------------------------------------- the grid
+
+
+def run_parts(run: Run, settings: Settings, parts: list[str], formats: list[str], seeds: int, **options: Any) -> bool:
+    """Compute the parts one after the other; ``options`` as :func:`.grid.compute`.
+
+    Returns:
+        Whether all cells are finished.
+    """
+    torch.set_num_threads(1)
+    for part in parts:
+        if part == "training":
+            done = _train(run, settings, formats, seeds, **options)
+        else:
+            done = compute(run, measurements(part), measure, **options)
+        if not done:
+            return False
+    return True
+
+
+def _train(run: Run, settings: Settings, formats: list[str], seeds: int, **options: Any) -> bool:
+    """Tune and compare all initializations of all formats."""
+    load_data(settings)  # before there are workers: they inherit it
+    work = partial(train_cell, settings, run.folder)
+    tuning = tuning_cells(formats)
+    if not compute(run, tuning, work, **options):
+        return False
+    return compute(run, final_cells(best_rates(finished(run, tuning)), seeds), work, **options)
+
+
+def tuning_cells(formats: list[str]) -> list[Cell]:
+    """Every initialization of every format at every rate."""
+    grid = product(formats, RATES, TRAINED)
+    return [Cell(format, name, lr, TUNING_SEED, True) for format, lr, name in grid if knows(name, format)]
+
+
+def final_cells(rates: dict[tuple[str, str], float], seeds: int) -> list[Cell]:
+    """Every format and initialization at its own rate, seed after seed."""
+    return [Cell(*names, lr, seed, False) for seed in range(seeds) for names, lr in rates.items()]
+
+
+def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """The rate of the lowest loss on held-out images for each (format, initialization).
+
+    The lowest rate of all where every one diverged: that, too, is a result.
+    """
+    losses: dict[tuple[str, str], dict[float, float]] = {}
+    for cell, record in tuned.items():
+        loss = math.inf if record["unseen_loss"] is None else record["unseen_loss"]
+        losses.setdefault((cell.format, cell.initialization), {})[cell.lr] = loss
+    return {names: min(sorted(rates), key=rates.__getitem__) for names, rates in losses.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def init_command(
+    parts: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(PARTS)}.", metavar="NAMES")] = ",".join(
+        PARTS
+    ),
+    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME")] = "digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
+    ] = None,
+    formats: Annotated[
+        str, typer.Option(help=f"To train; comma-separated, of: {', '.join(FORMATS)}.", metavar="NAMES")
+    ] = "cp,tensor_train,tucker2",
+    depth: Annotated[int, typer.Option(min=1, help="Tensorial layers of the network to train.", metavar="N")] = 30,
+    channels: Annotated[int, typer.Option(min=2, help="Channels of the network to train.", metavar="N")] = 24,
+    budget: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Parameters of a layer, as a fraction of a dense one's.")
+    ] = 0.25,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the comparison.", metavar="N")] = 2,
+    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the comparison.", metavar="N")] = 15,
+    tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a tuning run.", metavar="N")] = 6,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 64,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Cells at a time, one thread each.", metavar="N")] = 2,
+    device: Annotated[str, typer.Option(help="To train on: cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a cell) and the runs.")
+    ] = Path("runs/init"),
+) -> None:
+    """Compare initializations of tensorial convolutions: ours, torch's core by core, and tensorly-torch's.
+
+    Weights: Var(W) over what a layer behind a ReLU should have. Depth: 16 layers of 64 channels with ReLU, second
+    moments of each layer's output and gradient over those of the layer before. Training: a deep plain network on
+    images, each initialization with the best of the same learning rates, judged on a fifth of the training images held
+    out. Ctrl-C stops at the next step, and the same command goes on.
+
+    For example:
+
+        retract bench init --parts training --data mnist --data-dir ~/data --subset 5000 --epochs 5 --tuning-epochs 2
+    """
+    from rich.console import Console
+
+    from .init_report import tables, write_init_report
+
+    console = Console()
+    folder = None if data_dir is None else str(data_dir.expanduser().absolute())
+    settings = Settings(
+        data, folder, subset, image_size, depth, channels, budget, epochs, tuning_epochs, batch_size, device
+    )
+    chosen = _names("--parts", parts, PARTS), _names("--formats", formats, FORMATS)
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    if "training" in chosen[0]:
+        load_data(settings)  # what cannot be read is an error before there is a folder
+    run = Run.open_or_create(out, asdict(settings))
+
+    def show(record: dict[str, Any]) -> None:
+        if record["part"] == "training":
+            loss = "diverged" if record["train_loss"] is None else f"train loss {record['train_loss']:.4g}"
+            console.print(f"{Cell.of(record).name}  {loss}  ({record['seconds']:.0f} s)", highlight=False)
+
+    done = run_parts(run, settings, *chosen, seeds, processes=processes, deadline=deadline, on_record=show)
+    found = tables(run.metrics())
+    report = write_init_report(out / "report.html", run.metrics(), settings, init_command.__doc__ or "")
+    for table in found:
+        console.print(table.rich())
+    if not done:
+        console.print("Stopped before the end: the same command goes on.")
+    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _names(option: str, text: str, allowed: Iterable[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"{option} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
+    return names
