@@ -4,10 +4,9 @@ canonical one whose terms were cut after training.
 
 from __future__ import annotations
 
-import signal
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +21,12 @@ from retract.nets.parametrizations.canonical import canonical_weight_norm
 from retract.nets.parametrizations.models import canonical_weights
 
 from . import optimizers
+from .cells import TrainingCell, fit_cell, hold_out, open_cell
 from .data import Dataset, load
 from .experiment import usable_device
 from .grid import Stopping
-from .layers_cell import hold_out
-from .runs import Interrupted, Run
-from .training import DivergedError, Trainer
+from .runs import Run
+from .training import Trainer
 
 __all__ = ["METHODS", "STAGES", "Cell", "Method", "Settings", "load_data", "train_cell"]
 
@@ -75,7 +74,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(TrainingCell):
     """One training run.
 
     A "tuning" run is measured on the validation split. A "truncation" begins with the trained network of its method,
@@ -90,11 +89,6 @@ class Cell:
     stage: str = "training"
     kept: float = 1.0
     allocation: str = "ratio"
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Cell:
-        """The cell of a line of results."""
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     @property
     def name(self) -> str:
@@ -121,24 +115,14 @@ def train_cell(settings: Settings, folder: Path, cell: Cell, stopping: Stopping)
     if cell.stage == "tuning":
         data = hold_out(data, round(VALIDATION * len(data.train_labels)))
     trainer, facts = _begin(settings, folder, cell, data)
-    run = Run.open_or_create(folder / "cells" / cell.name, asdict(cell))
-    if (state := run.load_checkpoint()) is not None:
-        trainer.load_state_dict(state)
-    try:
-        trainer.fit(run, on_step=_on_step(settings, cell, stopping))
-    except Interrupted:
+    run = open_cell(folder, cell, trainer)
+    if (found := fit_cell(trainer, run, stopping, _pressure(settings, cell))) is None:
         return None
-    except DivergedError:
-        last: dict[str, Any] = dict.fromkeys(("train_loss", "test_loss", "test_accuracy"))
-    else:
-        last = run.metrics()[-1]
     seconds = [record["seconds"] for record in run.metrics()]
     if cell.stage != "training" or not METHODS[cell.method].cuts:
         run.remove_checkpoint()
     return {
-        "train_loss": last["train_loss"],
-        "unseen_loss": last["test_loss"],
-        "accuracy": last["test_accuracy"],
+        **found,
         "parameters": _count(trainer.model),
         "steps_per_second": trainer.steps_per_epoch / statistics.median(seconds) if seconds else None,
         "seconds": sum(seconds),
@@ -146,20 +130,14 @@ def train_cell(settings: Settings, folder: Path, cell: Cell, stopping: Stopping)
     }
 
 
-def _on_step(settings: Settings, cell: Cell, stopping: Stopping) -> Callable[[Trainer], None]:
-    """What follows every step: the proximal step of the l1 penalty while a network is trained, and a look at the time.
+def _pressure(settings: Settings, cell: Cell) -> Callable[[Trainer], None] | None:
+    """The proximal step of the l1 penalty, which follows every step while a network is trained.
 
-    The penalty is off in fine-tuning, when the terms are chosen.
+    There is none in fine-tuning, when the terms are chosen.
     """
-    pressed = METHODS[cell.method].pressed and cell.stage in ("tuning", "training")
-
-    def follow(trainer: Trainer) -> None:
-        if pressed:
-            shrink_terms_(trainer.model, settings.pressure * trainer.optimizer.param_groups[0]["lr"])
-        if stopping():
-            raise Interrupted(signal.SIGINT)
-
-    return follow
+    if not METHODS[cell.method].pressed or cell.stage not in ("tuning", "training"):
+        return None
+    return lambda trainer: shrink_terms_(trainer.model, settings.pressure * trainer.optimizer.param_groups[0]["lr"])
 
 
 def _begin(settings: Settings, folder: Path, cell: Cell, data: Dataset) -> tuple[Trainer, dict[str, Any]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ from torch import nn
 from retract.nets.layers.tensor import TensorConv2d
 from retract.nets.layers.tensor_formats import tensor_network
 
+from .cells import TrainingCell, fit_cell, hold_out, open_cell
 from .data import Dataset, load
 from .experiment import usable_device
 from .grid import Stopping
 from .init_methods import INITIALIZATIONS
-from .layers_cell import hold_out
-from .runs import Interrupted, Run
-from .training import DivergedError, Trainer
+from .training import Trainer
 
 __all__ = ["Cell", "Settings", "load_data", "plain_network", "train_cell"]
 
@@ -48,7 +45,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(TrainingCell):
     """One training run. A tuning run is shorter, and is measured on images that are held out of the training images."""
 
     format: str
@@ -57,11 +54,6 @@ class Cell:
     seed: int
     tuning: bool
     part: str = "training"
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Cell:
-        """The cell of a line of results."""
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     @property
     def name(self) -> str:
@@ -78,28 +70,13 @@ def train_cell(settings: Settings, folder: Path, cell: Cell, stopping: Stopping)
     """
     torch.set_num_threads(1)
     trainer = _trainer(settings, cell)
-    run = Run.open_or_create(folder / "cells" / cell.name, asdict(cell))
-    if (state := run.load_checkpoint()) is not None:
-        trainer.load_state_dict(state)
-
-    def look(trainer: Trainer) -> None:
-        if stopping():
-            raise Interrupted(signal.SIGINT)
-
-    try:
-        trainer.fit(run, on_step=look)
-    except Interrupted:
+    run = open_cell(folder, cell, trainer)
+    if (found := fit_cell(trainer, run, stopping)) is None:
         return None
-    except DivergedError:
-        last: dict[str, Any] = dict.fromkeys(("train_loss", "test_loss", "test_accuracy"))
-    else:
-        last = run.metrics()[-1]
     curve = [record["train_loss"] for record in run.metrics()]
     run.remove_checkpoint()
     return {
-        "train_loss": last["train_loss"],
-        "unseen_loss": last["test_loss"],
-        "accuracy": last["test_accuracy"],
+        **found,
         "curve": curve,
         "seconds": sum(record["seconds"] for record in run.metrics()),
     }

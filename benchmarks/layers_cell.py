@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +17,12 @@ from retract.nets.parametrizations import spectral_weights
 from retract.nets.summary import summary
 
 from . import optimizers
+from .cells import TrainingCell, fit_cell, hold_out, open_cell
 from .data import Dataset, load
 from .experiment import usable_device
 from .factorization import Factorization
 from .grid import Stopping
-from .runs import Interrupted, Run
-from .training import DivergedError, Trainer
+from .training import Trainer
 
 __all__ = ["METHODS", "Cell", "Method", "Settings", "load_data", "prepare", "train_cell"]
 
@@ -66,7 +64,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(TrainingCell):
     """One training run. A tuning run trains on less, and is measured on the validation split."""
 
     model: str
@@ -74,11 +72,6 @@ class Cell:
     lr: float
     seed: int
     tuning: bool
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Cell:
-        """The cell of a line of results."""
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     @property
     def name(self) -> str:
@@ -95,28 +88,13 @@ def train_cell(settings: Settings, folder: Path, cell: Cell, stopping: Stopping)
     """
     torch.set_num_threads(1)
     trainer = _trainer(settings, cell)
-    run = Run.open_or_create(folder / "cells" / cell.name, asdict(cell))
-    if (state := run.load_checkpoint()) is not None:
-        trainer.load_state_dict(state)
-
-    def look(trainer: Trainer) -> None:
-        if stopping():
-            raise Interrupted(signal.SIGINT)
-
-    try:
-        trainer.fit(run, on_step=look)
-    except Interrupted:
+    run = open_cell(folder, cell, trainer)
+    if (found := fit_cell(trainer, run, stopping)) is None:
         return None
-    except DivergedError:
-        last: dict[str, Any] = dict.fromkeys(("train_loss", "test_loss", "test_accuracy"))
-    else:
-        last = run.metrics()[-1]
     seconds = [record["seconds"] for record in run.metrics()]
     run.remove_checkpoint()
     return {
-        "train_loss": last["train_loss"],
-        "unseen_loss": last["test_loss"],
-        "accuracy": last["test_accuracy"],
+        **found,
         "steps_per_second": trainer.steps_per_epoch / statistics.median(seconds) if seconds else None,
         "seconds": sum(seconds),
         **measure(trainer.model),
@@ -167,19 +145,6 @@ def prepare(settings: Settings, cell: Cell, model: nn.Module) -> torch.optim.Opt
 def load_data(settings: Settings) -> Dataset:
     """The data of all cells, read once a process."""
     return load(settings.data, settings.data_dir, subset=settings.subset, image_size=settings.image_size)
-
-
-def hold_out(data: Dataset, size: int) -> Dataset:
-    """The same task with ``size`` of its training images, drawn at random, in place of the test images."""
-    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-    unseen, rest = order[:size], order[size:]
-    return replace(
-        data,
-        train_images=data.train_images[rest],
-        train_labels=data.train_labels[rest],
-        test_images=data.train_images[unseen],
-        test_labels=data.train_labels[unseen],
-    )
 
 
 @torch.no_grad()

@@ -184,12 +184,12 @@ def test_pressure_is_on_the_weights_of_terms_while_they_train(tmp_path):
     before = [
         (weight.sigma, originals[0].detach().clone()) for _, weight, originals in canonical_weights(trainer.model)
     ]
-    canonical_cell._on_step(settings, cell("canonical l1"), never)(trainer)
+    canonical_cell._pressure(settings, cell("canonical l1"))(trainer)
     after = [originals[0].detach().clone() for _, _, originals in canonical_weights(trainer.model)]
     for (sigma, old), new in zip(before, after, strict=True):
         torch.testing.assert_close(new, old * (1 - 0.1 * sigma))
     for one in (cell("canonical"), cell("canonical l1", "truncation")):
-        canonical_cell._on_step(settings, one, never)(trainer)
+        assert canonical_cell._pressure(settings, one) is None
     assert all(torch.equal(x, y[0]) for x, (_, _, y) in zip(after, canonical_weights(trainer.model), strict=True))
 
 
