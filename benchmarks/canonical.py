@@ -4,7 +4,8 @@ their terms are cut.
 All begin at random and are trained alike, with Adam at the best of the same few learning rates on a validation split.
 Then a part of the terms of each canonical network is kept, by the same fraction in every layer, or by one error over
 all layers with as many parameters; and it is fine-tuned in all of its weights, from the state that the optimizer had
-for them. Networks of as few terms that are trained from scratch, for as long, show what the terms cut away were for.
+for them, at a learning rate that was chosen on the validation split, too. Networks of as few terms that are trained
+from scratch, for as long, show what the terms cut away were for.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import torch
 import typer
 
 from .canonical_cell import METHODS, Cell, Settings, load_data, train_cell
+from .cells import lowest_rates, mean_losses
 from .grid import compute, finished
 from .runs import Run
 
-__all__ = ["MODELS", "RATES", "TUNED", "best_rates", "canonical_command", "run_grid"]
+__all__ = ["MODELS", "RATES", "TUNED", "best_fine_tuning_rates", "best_rates", "canonical_command", "run_grid"]
 
 MODELS = ("mnist_convnet", "cifar_alexnet")
 RATES = (3e-4, 1e-3, 3e-3)
-FINE_TUNING_RATE = 5e-3  # not tuned: set between two rates of a trial in which a higher one was better
+FINE_TUNING_RATES = (1e-3, 3e-3, 1e-2)
+FINE_TUNED = 0.5  # the fraction of the terms for which one of them is chosen
 TUNING_SEED = 1000
 KEPT = "0.75,0.5,0.25,0.1"
 TUNED = {"canonical l1": "canonical"}  # a method that has the learning rate of another
@@ -52,11 +55,13 @@ def run_grid(
     if not compute(run, tuning, work, **options):
         return False
     rates = best_rates(finished(run, tuning), methods)
+    fine_tuning = fine_tuning_cells(rates)
     training = training_cells(rates, seeds)
-    if not compute(run, training, work, **options):
+    if not compute(run, [*fine_tuning, *training], work, **options):
         return False
     trained = [cell for cell, record in finished(run, training).items() if record["accuracy"] is not None]
-    return compute(run, smaller_cells(trained, kept, scratch), work, **options)
+    fine = best_fine_tuning_rates(finished(run, fine_tuning), methods)
+    return compute(run, smaller_cells(trained, kept, fine, scratch), work, **options)
 
 
 def tuning_cells(methods: list[str]) -> list[Cell]:
@@ -65,21 +70,33 @@ def tuning_cells(methods: list[str]) -> list[Cell]:
     return [Cell(method, lr, TUNING_SEED, "tuning") for lr, method in product(RATES, own)]
 
 
+def fine_tuning_cells(rates: dict[str, float]) -> list[Cell]:
+    """Every method that is cut and has a rate of its own, cut by ratio, at every rate of fine-tuning."""
+    return [
+        Cell(method, lr, TUNING_SEED, "fine-tuning", FINE_TUNED, "ratio", fine)
+        for method, lr in rates.items()
+        if METHODS[method].cuts and method not in TUNED
+        for fine in FINE_TUNING_RATES
+    ]
+
+
 def training_cells(rates: dict[str, float], seeds: int) -> list[Cell]:
     """Every method at its rate, seed after seed."""
     return [Cell(method, lr, seed) for seed in range(seeds) for method, lr in rates.items()]
 
 
-def smaller_cells(trained: list[Cell], kept: list[float], scratch: bool) -> list[Cell]:
+def smaller_cells(trained: list[Cell], kept: list[float], fine: dict[str, float], scratch: bool) -> list[Cell]:
     """The truncations of trained networks; after them networks of as few terms from scratch, if they are wanted.
 
-    All terms, kept, are a truncation too: they show what fine-tuning alone is good for.
+    All terms, kept, are a truncation too: they show what fine-tuning alone is good for. ``fine`` has the rates of
+    fine-tuning.
     """
     cells = []
     for cell in trained:
         method = METHODS[cell.method]
         cuts = [(part, cut) for part, cut in product(kept, method.cuts)] + [(1.0, cut) for cut in method.cuts[:1]]
-        cells += [Cell(cell.method, cell.lr, cell.seed, "truncation", *cut) for cut in cuts]
+        rate = fine.get(cell.method)
+        cells += [Cell(cell.method, cell.lr, cell.seed, "truncation", *cut, rate) for cut in cuts]
         if scratch and method.cuts and not method.pressed:
             cells += [Cell(cell.method, cell.lr, cell.seed, "scratch", part) for part in kept]
     return cells
@@ -91,15 +108,14 @@ def best_rates(tuned: dict[Cell, dict[str, Any]], methods: list[str]) -> dict[st
     Raises:
         ValueError: a method diverged at every rate.
     """
-    losses: dict[str, dict[float, float]] = {}
-    for cell, record in tuned.items():
-        loss = math.inf if record["unseen_loss"] is None else record["unseen_loss"]
-        losses.setdefault(cell.method, {})[cell.lr] = loss
-    for method, rates in losses.items():
-        if min(rates.values()) == math.inf:
-            raise ValueError(f"{method} diverged at every learning rate of {', '.join(f'{lr:g}' for lr in rates)}")
-    best = {method: min(rates, key=rates.__getitem__) for method, rates in losses.items()}
+    best = lowest_rates(mean_losses(tuned, lambda cell: (cell.method, cell.lr)))
     return {method: best[TUNED.get(method, method)] for method in methods}
+
+
+def best_fine_tuning_rates(tuned: dict[Cell, dict[str, Any]], methods: list[str]) -> dict[str, float]:
+    """The same of fine-tuning, for those of ``methods`` that are cut."""
+    best = lowest_rates(mean_losses(tuned, lambda cell: (cell.method, cell.fine_tuning_lr or 0.0)))
+    return {method: best[TUNED.get(method, method)] for method in methods if METHODS[method].cuts}
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -132,9 +148,6 @@ def canonical_command(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.", metavar="N")] = 4,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a tuning run.", metavar="N")] = 1,
     fine_tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs after a truncation.", metavar="N")] = 3,
-    fine_tuning_lr: Annotated[
-        float, typer.Option(help="Highest learning rate after a truncation.", metavar="X")
-    ] = FINE_TUNING_RATE,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 128,
     pressure: Annotated[
         float,
@@ -179,7 +192,6 @@ def canonical_command(
         epochs=epochs,
         tuning_epochs=tuning_epochs,
         fine_tuning_epochs=fine_tuning_epochs,
-        fine_tuning_lr=fine_tuning_lr,
         batch_size=batch_size,
         pressure=pressure,
         device=device,

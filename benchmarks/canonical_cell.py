@@ -47,7 +47,8 @@ METHODS = {
     "canonical": Method("canonical", ("ratio", "error")),
     "canonical l1": Method("canonical", ("error",), pressed=True),
 }
-STAGES = ("tuning", "training", "truncation", "scratch")
+STAGES = ("tuning", "fine-tuning", "training", "truncation", "scratch")
+VALIDATED = ("tuning", "fine-tuning")  # stages that choose a learning rate, on the validation split
 OPTIMIZER = "adamw"  # without decay it is Adam, as in the published experiments
 VALIDATION = 0.1  # of the training images
 WARMUP = 0.05  # of a run: the learning rate grows
@@ -66,7 +67,6 @@ class Settings:
     epochs: int
     tuning_epochs: int
     fine_tuning_epochs: int
-    fine_tuning_lr: float
     batch_size: int
     pressure: float  # of the l1 penalty: the threshold of a step, in learning rates
     device: str
@@ -77,10 +77,11 @@ class Settings:
 class Cell(TrainingCell):
     """One training run.
 
-    A "tuning" run is measured on the validation split. A "truncation" begins with the trained network of its method,
-    rate and seed, and fine-tunes what is left of it; "scratch" trains a network of as many terms from its beginning,
-    for as many epochs as both together. ``kept`` is the fraction of the terms, ``allocation`` how it is shared out: by
-    "ratio" in every layer, or by one "error" over all layers, with as many parameters or fewer.
+    A "truncation" begins with the trained network of its method, rate and seed, and fine-tunes what is left of it, at a
+    rate of its own; "scratch" trains a network of as many terms from its beginning, for as many epochs as both
+    together. ``kept`` is the fraction of the terms, ``allocation`` how it is shared out: by "ratio" in every layer, or
+    by one "error" over all layers, with as many parameters or fewer. "tuning" and "fine-tuning" are the training and
+    the truncation that choose these rates, and are measured on the validation split.
     """
 
     method: str
@@ -89,37 +90,39 @@ class Cell(TrainingCell):
     stage: str = "training"
     kept: float = 1.0
     allocation: str = "ratio"
+    fine_tuning_lr: float | None = None
 
     @property
     def name(self) -> str:
         """A name for its folder."""
-        part = f"-{self.kept:g}-{self.allocation}" if self.stage in ("truncation", "scratch") else ""
+        part = "" if self.stage in ("tuning", "training") else f"-{self.kept:g}-{self.allocation}"
+        part += "" if self.fine_tuning_lr is None else f"-{self.fine_tuning_lr:g}"
         return f"{self.method.replace(' ', '-')}-{self.lr:g}-{self.stage}{part}-{self.seed}"
 
     @property
     def parent(self) -> Cell:
         """The run in which the network of a truncation was trained."""
-        return Cell(self.method, self.lr, self.seed)
+        return Cell(self.method, self.lr, self.seed, "tuning" if self.stage == "fine-tuning" else "training")
 
 
 def train_cell(settings: Settings, folder: Path, cell: Cell, stopping: Stopping) -> dict[str, Any] | None:
     """Train one cell in a folder of its own, from its last checkpoint if it was begun before, and measure it.
 
-    The checkpoint of a canonical network that was trained stays in its folder, for truncations.
+    The checkpoint of a canonical network that was trained whole stays in its folder, for truncations.
 
     Returns:
         Its results, with losses and accuracy None if it diverged; None if it was stopped first.
     """
     torch.set_num_threads(1)
     data = load_data(settings)
-    if cell.stage == "tuning":
+    if cell.stage in VALIDATED:
         data = hold_out(data, round(VALIDATION * len(data.train_labels)))
     trainer, facts = _begin(settings, folder, cell, data)
     run = open_cell(folder, cell, trainer)
     if (found := fit_cell(trainer, run, stopping, _pressure(settings, cell))) is None:
         return None
     seconds = [record["seconds"] for record in run.metrics()]
-    if cell.stage != "training" or not METHODS[cell.method].cuts:
+    if cell.stage not in ("tuning", "training") or not METHODS[cell.method].cuts:
         run.remove_checkpoint()
     return {
         **found,
@@ -144,7 +147,7 @@ def _begin(settings: Settings, folder: Path, cell: Cell, data: Dataset) -> tuple
     """The trainer of a cell before its first step, and what can be measured then."""
     torch.manual_seed(cell.seed)
     model = build_model(settings, cell, data)
-    if cell.stage != "truncation":
+    if cell.fine_tuning_lr is None:
         return _trainer(settings, cell, data, model, build_optimizer(model, cell.lr)), {}
     optimizer = build_optimizer(model, cell.lr)
     state = Run.open(folder / "cells" / cell.parent.name).load_checkpoint()
@@ -153,7 +156,7 @@ def _begin(settings: Settings, folder: Path, cell: Cell, data: Dataset) -> tuple
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     cut = cut_terms(model, cell.kept, cell.allocation)
-    fresh = build_optimizer(cut.model, settings.fine_tuning_lr)
+    fresh = build_optimizer(cut.model, cell.fine_tuning_lr)
     cut.carry_state(optimizer, fresh)
     trainer = _trainer(settings, cell, data, cut.model, fresh)
     loss, accuracy = trainer.evaluate()
@@ -209,6 +212,7 @@ def _trainer(
 ) -> Trainer:
     epochs = {
         "tuning": settings.tuning_epochs,
+        "fine-tuning": settings.fine_tuning_epochs,
         "training": settings.epochs,
         "truncation": settings.fine_tuning_epochs,
         "scratch": settings.epochs + settings.fine_tuning_epochs,

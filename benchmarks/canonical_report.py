@@ -9,7 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .canonical_cell import METHODS, OPTIMIZER, STAGES, VALIDATION, WARMUP, Cell, Settings
+from .canonical_cell import METHODS, OPTIMIZER, STAGES, VALIDATED, VALIDATION, WARMUP, Cell, Settings
+from .cells import mean_losses
 from .provenance import provenance
 from .report import SERIES, Figure, Section, Table, figure_style, write_report
 
@@ -28,12 +29,19 @@ COLOURS = dict(zip((*METHODS, "scratch"), SERIES, strict=True))
 
 
 def tables(results: Results) -> list[Table]:
-    """The trained networks, how they differ, what is left of canonical ones, and the learning rates tried.
+    """The trained networks, how they differ, what is left of canonical ones, and the learning rates tried, of training
+    and of fine-tuning.
 
     Args:
         results: the records of finished cells.
     """
-    return [_trained(results), _differences(results), _smaller(results), _tuning(results)]
+    return [
+        _trained(results),
+        _differences(results),
+        _smaller(results),
+        _rates(results, "tuning", "Loss on the validation split; –: diverged, or not tried yet."),
+        _rates(results, "fine-tuning", "The same, of fine-tuning what is left."),
+    ]
 
 
 def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple[float, float, float] | None:
@@ -116,26 +124,24 @@ def _name(group: Group) -> str:
     return f"{method}, from scratch" if stage == "scratch" else f"{method}, by {allocation}"
 
 
-def _tuning(results: Results) -> Table:
-    tuned = {(cell.method, cell.lr): record for cell, record in results.items() if cell.stage == "tuning"}
-    rates = sorted({rate for _, rate in tuned})
-    rows = [
-        [method, *(_loss(tuned.get((method, rate))) for rate in rates)]
-        for method in METHODS
-        if any(name == method for name, _ in tuned)
-    ]
-    header = ("weights", *(f"lr {rate:g}" for rate in rates))
-    return Table(header, rows, "Loss on the validation split; –: diverged, or not tried yet.")
+def _rates(results: Results, stage: str, caption: str) -> Table:
+    tried = {cell: record for cell, record in results.items() if cell.stage == stage}
+    losses = mean_losses(tried, lambda cell: (cell.method, cell.fine_tuning_lr or cell.lr))
+    rates = sorted({rate for found in losses.values() for rate in found})
+    rows = [[method, *(_loss(losses[method].get(rate)) for rate in rates)] for method in METHODS if method in losses]
+    return Table(("weights", *(f"lr {rate:g}" for rate in rates)), rows, caption)
 
 
-def _loss(record: dict[str, Any] | None) -> str:
-    return "–" if record is None or record["unseen_loss"] is None else f"{record['unseen_loss']:.4f}"
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None or loss == math.inf else f"{loss:.4f}"
 
 
 def _groups(results: Results) -> dict[Group, list[dict[str, Any]]]:
-    """Records of cells that differ by seed alone, larger networks first."""
+    """Records of cells that differ by seed alone, larger networks first, of all stages that see the test images."""
     groups: dict[Group, list[dict[str, Any]]] = {}
     for cell, record in results.items():
+        if cell.stage in VALIDATED:
+            continue
         groups.setdefault((cell.method, cell.stage, cell.kept, cell.allocation), []).append(record)
     methods = list(METHODS)
 
@@ -174,7 +180,7 @@ def write_canonical_report(path: Path, results: Results, settings: Settings) -> 
         optimizer=f"{OPTIMIZER}, no decay, cosine schedule after a warm-up of {100 * WARMUP:g} % of the run",
         validation=f"{100 * VALIDATION:g} % of the training images",
     )
-    trained, differences, smaller, tuning = tables(results)
+    trained, differences, smaller, *tuning = tables(results)
     plot = Figure(
         _figure(results),
         "Accuracy against parameters, mean and standard deviation over seeds: after fine-tuning, and as the terms "
@@ -187,7 +193,7 @@ def write_canonical_report(path: Path, results: Results, settings: Settings) -> 
         sections=[
             Section("Trained networks", _TRAINED, [trained, differences]),
             Section("Fewer terms", _SMALLER, [plot, smaller]),
-            Section("Learning rates", "", [tuning]),
+            Section("Learning rates", "", tuning),
         ],
         facts=facts,
     )
@@ -228,7 +234,7 @@ def _curves(ax: Axes, results: Results, key: str) -> None:
     curves: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
     for (method, stage, _, allocation), records in _groups(results).items():
         measured = [record for record in records if record.get(key) is not None]
-        if stage != "tuning" and measured:
+        if measured:
             values = list(_accuracies(measured, key).values())
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             parameters = statistics.mean(record["parameters"] for record in measured)

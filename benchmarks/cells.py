@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
@@ -18,7 +20,11 @@ from .training import DivergedError, Trainer
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["TrainingCell", "fit_cell", "hold_out", "open_cell"]
+__all__ = ["TrainingCell", "fit_cell", "hold_out", "lowest_rates", "mean_losses", "open_cell"]
+
+
+Cell = TypeVar("Cell")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class TrainingCell:
@@ -80,3 +86,32 @@ def hold_out(data: Dataset, size: int) -> Dataset:
         test_images=data.train_images[unseen],
         test_labels=data.train_labels[unseen],
     )
+
+
+def mean_losses(
+    tuned: Mapping[Cell, Mapping[str, Any]], key: Callable[[Cell], tuple[Key, float]]
+) -> dict[Key, dict[float, float]]:
+    """Mean loss on held-out images over seeds, by what is tuned and by learning rate; infinite if a run diverged.
+
+    Args:
+        tuned: records of tuning runs.
+        key: what a run tunes, and the learning rate that it tries.
+    """
+    losses: dict[Key, dict[float, list[float]]] = {}
+    for cell, record in tuned.items():
+        what, lr = key(cell)
+        loss = math.inf if record["unseen_loss"] is None else record["unseen_loss"]
+        losses.setdefault(what, {}).setdefault(lr, []).append(loss)
+    return {what: {lr: statistics.mean(found) for lr, found in rates.items()} for what, rates in losses.items()}
+
+
+def lowest_rates(losses: Mapping[Key, Mapping[float, float]]) -> dict[Key, float]:
+    """The learning rate of the lowest of these losses, for each that is tuned.
+
+    Raises:
+        ValueError: one diverged at every rate.
+    """
+    for what, rates in losses.items():
+        if min(rates.values()) == math.inf:
+            raise ValueError(f"{what} diverged at every learning rate of {', '.join(f'{lr:g}' for lr in rates)}")
+    return {what: min(rates, key=rates.__getitem__) for what, rates in losses.items()}

@@ -21,6 +21,7 @@ import typer
 
 from retract.nets.layers.tensor_formats import FORMATS
 
+from .cells import mean_losses
 from .grid import compute, finished
 from .init_cell import Cell, Settings, load_data, train_cell
 from .init_depth import measure, measurements
@@ -31,7 +32,7 @@ __all__ = ["PARTS", "RATES", "best_rates", "init_command", "run_parts"]
 
 PARTS = ("weights", "depth", "training")
 RATES = (3e-4, 1e-3, 3e-3)
-TUNING_SEED = 1000
+TUNING_SEEDS = (1000, 1001)
 
 
 # ------------------------------------------------------------------------------------------------------- the grid
@@ -66,8 +67,8 @@ def _train(run: Run, settings: Settings, formats: list[str], seeds: int, **optio
 
 def tuning_cells(formats: list[str]) -> list[Cell]:
     """Every initialization of every format at every rate."""
-    grid = product(formats, RATES, TRAINED)
-    return [Cell(format, name, lr, TUNING_SEED, True) for format, lr, name in grid if knows(name, format)]
+    grid = product(TUNING_SEEDS, formats, RATES, TRAINED)
+    return [Cell(format, name, lr, seed, True) for seed, format, lr, name in grid if knows(name, format)]
 
 
 def final_cells(rates: dict[tuple[str, str], float], seeds: int) -> list[Cell]:
@@ -76,14 +77,11 @@ def final_cells(rates: dict[tuple[str, str], float], seeds: int) -> list[Cell]:
 
 
 def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """The rate of the lowest loss on held-out images for each (format, initialization).
+    """The rate of the lowest loss on held-out images, in the mean over seeds, for each (format, initialization).
 
     The lowest rate of all where every one diverged: that, too, is a result.
     """
-    losses: dict[tuple[str, str], dict[float, float]] = {}
-    for cell, record in tuned.items():
-        loss = math.inf if record["unseen_loss"] is None else record["unseen_loss"]
-        losses.setdefault((cell.format, cell.initialization), {})[cell.lr] = loss
+    losses = mean_losses(tuned, lambda cell: ((cell.format, cell.initialization), cell.lr))
     return {names: min(sorted(rates), key=rates.__getitem__) for names, rates in losses.items()}
 
 

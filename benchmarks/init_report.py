@@ -10,6 +10,7 @@ from typing import Any
 
 from retract.nets.init.variance_report import WINDOW
 
+from .cells import mean_losses
 from .init import RATES
 from .init_cell import Cell, Settings
 from .init_depth import CHANNELS, DEPTH, DRAWS, NETWORKS, network
@@ -117,17 +118,16 @@ def _spread(values: Sequence[float]) -> str:
 
 def _tuning(records: Sequence[Record]) -> Table:
     """Loss on held-out images at every learning rate."""
-    found = {
-        (cell.format, cell.initialization, cell.lr): record["unseen_loss"]
-        for record in records
-        if record["part"] == "training" and (cell := Cell.of(record)).tuning
-    }
-    rows = []
-    for format, name in dict.fromkeys(key[:2] for key in found):
-        losses = [found.get((format, name, lr)) for lr in RATES]
-        rows.append([format, name, *("–" if loss is None else f"{loss:.4g}" for loss in losses)])
+    tuned = {Cell.of(record): record for record in records if record["part"] == "training" and record["tuning"]}
+    losses = mean_losses(tuned, lambda cell: ((cell.format, cell.initialization), cell.lr))
+    rows = [[*names, *(_loss(rates.get(lr)) for lr in RATES)] for names, rates in losses.items()]
     header = ("format", "initialization", *(f"lr {lr:g}" for lr in RATES))
-    return Table(header, rows, "Loss on held-out training images after the tuning runs; –: diverged, or not tried yet.")
+    caption = "Loss on held-out training images after the tuning runs, mean over seeds; –: diverged, or not tried yet."
+    return Table(header, rows, caption)
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None or loss == math.inf else f"{loss:.4g}"
 
 
 def _curves(records: Sequence[Record]) -> Figure | None:

@@ -22,6 +22,7 @@ import typer
 
 from retract.nets.cnn import MODELS
 
+from .cells import lowest_rates, mean_losses
 from .factorization import SPECTRA
 from .grid import compute, finished
 from .layers_cell import METHODS, Cell, Settings, load_data, train_cell
@@ -74,15 +75,7 @@ def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[str, float]:
     Raises:
         ValueError: a method diverged at every rate.
     """
-    losses: dict[str, dict[float, float]] = {}
-    for cell, record in tuned.items():
-        loss = math.inf if record["unseen_loss"] is None else record["unseen_loss"]
-        rates = losses.setdefault(cell.method, {})
-        rates[cell.lr] = rates.get(cell.lr, 0.0) + loss
-    for method, rates in losses.items():
-        if min(rates.values()) == math.inf:
-            raise ValueError(f"{method} diverged at every learning rate of {', '.join(f'{lr:g}' for lr in rates)}")
-    return {method: min(rates, key=rates.__getitem__) for method, rates in losses.items()}
+    return lowest_rates(mean_losses(tuned, lambda cell: (cell.method, cell.lr)))
 
 
 # ---------------------------------------------------------------------------------------------------- the command

@@ -32,7 +32,6 @@ SETTINGS = Settings(
     epochs=1,
     tuning_epochs=1,
     fine_tuning_epochs=1,
-    fine_tuning_lr=2e-3,
     batch_size=20,
     pressure=0.3,
     device="cpu",
@@ -71,7 +70,8 @@ def trained(tmp_path_factory):
 
 
 def cell(method, stage="training", kept=1.0, allocation="ratio", lr=1e-3, seed=0):
-    return Cell(method, lr, seed, stage, kept, allocation)
+    fine = 2e-3 if stage in ("truncation", "fine-tuning") else None
+    return Cell(method, lr, seed, stage, kept, allocation, fine)
 
 
 def never():
@@ -212,7 +212,9 @@ def test_a_stopped_cell_goes_on_to_the_bit(trained, tmp_path, one):
 
 
 def test_checkpoints_stay_where_terms_can_be_cut(tmp_path):
-    for one, stays in ((cell("plain"), False), (cell("canonical", "tuning"), False), (cell("canonical"), True)):
+    cells = {cell("plain"): False, cell("plain", "tuning"): False, cell("canonical", "tuning"): True}
+    cells |= {cell("canonical", "fine-tuning", 0.5): False, cell("canonical"): True}
+    for one, stays in cells.items():
         train_cell(SETTINGS, tmp_path, one, never)
         assert (tmp_path / "cells" / one.name / "checkpoint.pt").exists() == stays
 
@@ -224,7 +226,7 @@ def test_a_diverging_cell_is_a_result_and_is_not_cut(tmp_path):
     diverged = cell("canonical")
     Run.create(tmp_path / "cells" / diverged.name, {})
     with pytest.raises(ValueError, match="has no checkpoint of the trained network"):
-        begin(tmp_path, replace(diverged, stage="truncation"))
+        begin(tmp_path, cell("canonical", "truncation"))
 
 
 # -------------------------------------------------------------------------------------------------------- the grid
@@ -238,11 +240,11 @@ def test_tuning_never_sees_test_images(tmp_path, monkeypatch):
     found = []
     for index, used in enumerate((data, spoiled)):
         monkeypatch.setattr(canonical_cell, "load_data", lambda settings, used=used: used)
-        for stage in ("tuning", "training"):
-            result = train_cell(SETTINGS, tmp_path / f"{index}{stage}", cell("plain", stage), never)
+        for stage in ("tuning", "fine-tuning", "training"):
+            result = train_cell(SETTINGS, tmp_path / str(index), cell("canonical", stage), never)
             found.append(result["unseen_loss"])
-    assert found[0] == found[2]
-    assert found[1] != found[3]
+    assert found[:2] == found[3:5]
+    assert found[2] != found[5]
 
 
 def test_the_best_rate_has_the_lowest_validation_loss():
@@ -258,6 +260,15 @@ def test_the_best_rate_has_the_lowest_validation_loss():
         canonical.best_rates({one: {"unseen_loss": None} for one in tuned}, ["plain"])
 
 
+def test_the_rate_of_fine_tuning_is_chosen_in_the_same_way():
+    cells = canonical.fine_tuning_cells({"plain": 0.1, "canonical": 0.2, "canonical l1": 0.2})
+    assert {(one.method, one.lr) for one in cells} == {("canonical", 0.2)}
+    assert {one.parent for one in cells} == {cell("canonical", "tuning", lr=0.2, seed=canonical.TUNING_SEED)}
+    tuned = {one: {"unseen_loss": loss} for one, loss in zip(cells, (0.3, 0.1, None), strict=True)}
+    rates = canonical.best_fine_tuning_rates(tuned, ["plain", "canonical", "canonical l1"])
+    assert rates == dict.fromkeys(("canonical", "canonical l1"), canonical.FINE_TUNING_RATES[1])
+
+
 def test_a_pressed_network_has_no_rate_of_its_own():
     assert {one.method for one in canonical.tuning_cells(["canonical l1"])} == {"canonical"}
     assert len(canonical.tuning_cells(list(METHODS))) == 3 * len(canonical.RATES)
@@ -265,14 +276,16 @@ def test_a_pressed_network_has_no_rate_of_its_own():
 
 def test_which_networks_are_cut():
     trained = [cell(method, seed=seed) for method in METHODS for seed in range(2)]
-    cells = canonical.smaller_cells(trained, [0.5, 0.25], scratch=True)
+    cells = canonical.smaller_cells(trained, [0.5, 0.25], {"canonical": 0.1, "canonical l1": 0.2}, scratch=True)
     assert {one.method for one in cells} == {"canonical", "canonical l1"}
     for method, cuts in (("canonical", ("ratio", "error")), ("canonical l1", ("error",))):
         parts = [(one.kept, one.allocation) for one in cells if one.stage == "truncation" and one.method == method]
         assert sorted(parts) == sorted(2 * [(1.0, cuts[0]), *((kept, cut) for kept in (0.5, 0.25) for cut in cuts)])
+        rates = {one.fine_tuning_lr for one in cells if one.stage == "truncation" and one.method == method}
+        assert rates == {{"canonical": 0.1, "canonical l1": 0.2}[method]}
     assert sorted(one.kept for one in cells if one.stage == "scratch") == [0.25, 0.25, 0.5, 0.5]
     assert len({one.name for one in cells}) == len(cells)
-    assert not any(one.stage == "scratch" for one in canonical.smaller_cells(trained, [0.5], scratch=False))
+    assert not any(one.stage == "scratch" for one in canonical.smaller_cells(trained, [0.5], {}, scratch=False))
 
 
 # ----------------------------------------------------------------------------------------------------- the command
@@ -282,6 +295,7 @@ def test_which_networks_are_cut():
 def invoke(monkeypatch):
     """The command with one learning rate on small data; (exit status, output, exception)."""
     monkeypatch.setattr(canonical, "RATES", (1e-3,))
+    monkeypatch.setattr(canonical, "FINE_TUNING_RATES", (1e-3, 2e-3))
     app = typer.Typer()
     app.command()(canonical.canonical_command)
     small = {"data": "digits", "model": "tiny", "subset": 40, "kept": 0.5, "batch-size": 20}
@@ -309,7 +323,8 @@ def test_the_grid_is_computed_once_and_can_be_extended(invoke, tmp_path):
     status, output, error = invoke(*methods, "--seeds", 1)
     assert status == 0, error
     stages = [(record["method"], record["stage"]) for record in lines(out)]
-    assert len(stages) == 2 + 2 + 3
+    assert len(stages) == 2 + 2 + 2 + 3
+    assert stages.count(("canonical", "fine-tuning")) == 2
     assert stages.count(("canonical", "truncation")) == 3
     assert "Stopped" not in output
     assert "canonical, by error" in output
@@ -381,7 +396,9 @@ def test_tables_and_plot_of_unfinished_and_diverged_runs(tmp_path):
         results[scratch] = record(scratch, 0.96 + 0.01 * seed, 500)
     one = cell("plain", "tuning", lr=0.003)
     results[one] = record(one, None)
-    trained, differences, smaller, tuning = canonical_report.tables(results)
+    one = cell("canonical", "fine-tuning", 0.5)
+    results[one] = record(one, 0.9, 500)
+    trained, differences, smaller, tuning, fine_tuning = canonical_report.tables(results)
     assert trained.rows[0] == ["plain", "0.001", "2 of 2", "1,000", "99.00 ± 0.00", "2.00"]
     assert trained.rows[1][2:5] == ["0 of 2", "1,000", "–"]
     assert [row[:2] for row in differences.rows] == [
@@ -393,6 +410,7 @@ def test_tables_and_plot_of_unfinished_and_diverged_runs(tmp_path):
     assert (row["weights"], row["terms %"], row["parameters"]) == ("canonical, by ratio", "50", "500")
     assert (row["before"], row["accuracy %"], row["less plain"]) == ("50.00 ± 0.00", "98.00 ± 0.00", "-1.00")
     assert tuning.rows == [["plain", "–"]]
+    assert [*fine_tuning.header, len(fine_tuning.rows)] == ["weights", "lr 0.002", 1]
     path = canonical_report.write_canonical_report(tmp_path / "report.html", results, SETTINGS)
     assert "canonical, cut by ratio" in path.read_text(encoding="utf-8")
     assert all(not table.rows for table in canonical_report.tables({}))

@@ -228,8 +228,14 @@ def test_a_diverging_cell_is_a_result(tmp_path):
 
 
 def test_best_rates():
-    losses = {(OURS, 0.1): 2.0, (OURS, 0.2): 1.0, (OURS, 0.3): None, (KAIMING, 0.2): None, (KAIMING, 0.1): None}
-    tuned = {Cell("cp", name, lr, 0, True): {"unseen_loss": loss} for (name, lr), loss in losses.items()}
+    """A rate at which one seed fails loses to one that is fair with every seed."""
+    losses = {(OURS, 0.1): (2.0, 2.0), (OURS, 0.2): (1.0, 1.2), (OURS, 0.3): (0.1, None), (OURS, 0.4): (0.1, 2.3)}
+    losses |= {(KAIMING, 0.2): (None, None), (KAIMING, 0.1): (None, None)}
+    tuned = {
+        Cell("cp", name, lr, seed, True): {"unseen_loss": loss}
+        for (name, lr), pair in losses.items()
+        for seed, loss in enumerate(pair)
+    }
     assert init.best_rates(tuned) == {("cp", OURS): 0.2, ("cp", KAIMING): 0.1}
 
 
@@ -237,7 +243,7 @@ def test_formats_that_tensorly_torch_lacks_train_without_it():
     cells = init.tuning_cells(["cp", "tensor_ring"])
     assert {cell.initialization for cell in cells if cell.format == "tensor_ring"} == {OURS, KAIMING, XAVIER}
     assert {cell.initialization for cell in cells if cell.format == "cp"} == set(TRAINED)
-    assert len(cells) == 8 * len(init.RATES)
+    assert len(cells) == 8 * len(init.RATES) * len(init.TUNING_SEEDS)
 
 
 @pytest.mark.slow
@@ -281,7 +287,7 @@ def test_command_computes_all_parts_and_says_them(invoke, tmp_path):
     assert status == 0, output
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     count = {part: sum(record["part"] == part for record in records) for part in init.PARTS}
-    assert count == {"weights": 5, "depth": 5, "training": 4 + 4}
+    assert count == {"weights": 5, "depth": 5, "training": 4 * 2 + 4}
     final = [record for record in records if record["part"] == "training" and not record["tuning"]]
     assert {(record["initialization"], record["lr"]) for record in final} == {(OURS, 1e-3), (KAIMING, 1e-3)}
     html = (tmp_path / "report.html").read_text()
