@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ import torch
 import typer
 
 from .completion_methods import GROWTH_STEPS, METHODS, Factors, Problem, Watch, grown_start, random_start
+from .figures import show_figures
 from .provenance import provenance
 from .report import SERIES, Figure, Section, Table, figure_style, write_report
 
@@ -214,18 +214,12 @@ def completion_command(
 
     Targets are 120 x 100, of rank 5, float64; from all entries, or from 4 or 2.5 entries a degree of freedom.
     """
-    from rich import print as show
-
     runs = measure(_numbers(conditions), seeds=seeds, iterations=iterations, processes=processes)
-    for table in tables(runs, iterations):
-        show(table.rich())
-    facts = provenance(seeds=f"0 to {seeds - 1}", runs_at_a_time=f"{processes}, one thread each")
-    show("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    if out is not None:
-        rows = [{**asdict(run), "errors": [run.errors[0], run.errors[-1]]} for run in runs]
-        out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    rows = [{**asdict(run), "errors": [run.errors[0], run.errors[-1]]} for run in runs]
+    facts = {"seeds": f"0 to {seeds - 1}", "runs_at_a_time": f"{processes}, one thread each"}
+    show_figures(tables(runs, iterations), rows, out, **facts)
     if page is not None:
-        _write_page(page, runs, iterations, facts)
+        _write_page(page, runs, iterations, provenance(**facts))
 
 
 def _numbers(text: str) -> list[float]:

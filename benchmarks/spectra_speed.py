@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .provenance import provenance
+from .figures import show_figures
 from .report import Table
 from .spectra_methods import BASELINE, DENSE, TRAININGS, WEIGHTS, Step, convolutions, dense_pass, weight_steps
 from .timing import Timing, interleave
@@ -191,15 +190,8 @@ def spectra_command(
 
         retract bench spectra --seconds 10 --threads 1
     """
-    from rich import print as show
-
     if threads is not None:
         torch.set_num_threads(threads)
     sizes = QUICK if quick else FULL
     rows = measure(sizes, seconds)
-    for table in tables(rows, sizes):
-        show(table.rich())
-    facts = provenance(seconds_per_group=seconds)
-    show("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    if out is not None:
-        out.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    show_figures(tables(rows, sizes), [asdict(row) for row in rows], out, seconds_per_group=seconds)

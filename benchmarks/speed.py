@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from retract.nets.cnn import MODELS
 from retract.optim import PSISGD, PSIAdam, PSIAngular
 
 from . import optimizers
-from .provenance import provenance
+from .figures import show_figures
 from .report import Table
 from .timing import interleave
 
@@ -153,8 +152,6 @@ def speed_command(
 
         retract bench speed --models resnet20 --seconds 5
     """
-    from rich import print as show
-
     names = models.split(",")
     unknown = [name for name in names if name not in MODELS]
     if unknown:
@@ -162,8 +159,4 @@ def speed_command(
     if threads is not None:
         torch.set_num_threads(threads)
     rows = measure(names, seconds=seconds, device=device)
-    show(table(rows).rich())
-    facts = provenance(seconds_per_network=seconds, device=device)
-    show("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    if out is not None:
-        out.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    show_figures([table(rows)], [asdict(row) for row in rows], out, seconds_per_network=seconds, device=device)

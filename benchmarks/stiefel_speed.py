@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retract.manifolds import Stiefel
 
-from .provenance import provenance
+from .figures import show_figures
 from .report import Table
 from .timing import interleave
 
@@ -136,14 +136,10 @@ def stiefel_command(
     RiemannianSGD on our Stiefel takes the step of one projection: projecting the sum of momentum and gradient
     transports the one and projects the other at once.
     """
-    from rich import print as show
-
     if threads is not None:
         torch.set_num_threads(threads)
     rows = [
         ["x".join(map(str, row.size)), row.method, f"{row.milliseconds:.3f}", f"{row.speedup:.2f}", f"{row.error:.1e}"]
         for row in run(seconds=seconds)
     ]
-    show(Table(("size", "method", "ms", "speed-up", "max |XᵀX - I|"), rows).rich())
-    for name, value in provenance(seconds_per_size=seconds).items():
-        show(f"{name}: {value}")
+    show_figures([Table(("size", "method", "ms", "speed-up", "max |XᵀX - I|"), rows)], [], seconds_per_size=seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .provenance import provenance
+from .figures import show_figures
 from .report import Table
 from .tensor_methods import DENSE, Method, Sizes, methods, training_pass
 from .timing import Timing, interleave
@@ -102,15 +101,8 @@ def tensor_command(
 
         retract bench tensor --seconds 300 --threads 2
     """
-    from rich import print as show
-
     if threads is not None:
         torch.set_num_threads(threads)
     sizes = QUICK if quick else FULL
     rows = measure(sizes, seconds)
-    for table in tables(rows, sizes):
-        show(table.rich())
-    facts = provenance(seconds=seconds)
-    show("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    if out is not None:
-        out.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    show_figures(tables(rows, sizes), [asdict(row) for row in rows], out, seconds=seconds)
