@@ -68,7 +68,8 @@ def tensor_fans(
         input_size: spatial size of the input.
 
     Raises:
-        ValueError: groups that do not divide the output channels, or a stride, padding, dilation or size out of range.
+        ValueError: groups that do not divide the output channels; a stride, padding, dilation or size out of range; or
+            sizes of which every tap falls on padding.
     """
     if groups < 1 or network.out_features % groups:
         raise ValueError(f"groups must divide the {network.out_features} output channels of {network}, got {groups}")
@@ -78,6 +79,8 @@ def tensor_fans(
         taps = math.prod(network.kernel_size)
         return Fans(fan_in * taps, fan_out * taps / math.prod(axis.stride for axis in axes))
     for axis, size in zip(axes, one_each("input_size", input_size, len(axes)), strict=True):
+        if axis.taps(size) == 0:
+            raise ValueError(f"input_size {size}: every tap falls on padding, of {axis}")
         fan_in *= axis.taps(size) / axis.outputs(size)
         fan_out *= axis.taps(size) / size
     return Fans(fan_in, fan_out)

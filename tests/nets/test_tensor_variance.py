@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from retract.nets.init.tensor import tensor_kaiming_
 from retract.nets.init.variance import core_variances, stages, tensor_fans
+from retract.nets.layers.tensor_formats import tensor_network
 from retract.nets.layers.tensor_network import TensorNetwork
 from tests.nets.tensor_cases import FORMATS, OTHERS, Cores, spread
 
@@ -273,3 +274,6 @@ def test_sizes_that_are_not_allowed():
         tensor_fans(FORMATS["cp"], input_size=(1, 2, 3))
     with pytest.raises(ValueError, match="no less than the kernel"):
         tensor_fans(FORMATS["cp"], input_size=2)
+    sequence = tensor_network("cp", (4, 4, 2), rank=2)
+    with pytest.raises(ValueError, match="input_size 1: every tap falls on padding"):
+        tensor_fans(sequence, input_size=1, padding=2, dilation=3, stride=9)
