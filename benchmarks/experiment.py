@@ -62,6 +62,7 @@ class Config:
     skip: str | None = None
     budget: float | None = None
     error: float | None = None
+    energy: float | None = None
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def read_config(run: Run, moved: Mapping[str, Any]) -> Config:
 
 def default_folder(config: Config) -> Path:
     """Where a run goes that names no folder."""
-    sizes = {"": config.rank, "budget": config.budget, "error": config.error}
+    sizes = {"": config.rank, "budget": config.budget, "error": config.error, "energy": config.energy}
     size = "".join(f"{name}{value:g}" for name, value in sizes.items() if value is not None)
     layers = f"{config.factorize}{size}-" if config.factorize else ""
     return Path("runs") / f"{config.data}-{config.model}-{layers}{config.optimizer}-{config.seed}"

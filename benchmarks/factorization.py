@@ -1,4 +1,4 @@
-"""Which layers of a network a run replaces by factored ones, spectral, canonical or tensorial, as its options say."""
+"""Which layers of a network a run replaces by factored ones, of some kind of weight, as its options say."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from retract.nets.summary import summary
 __all__ = ["FORMS", "KINDS", "OPTIONS", "SIZES", "SPECTRA", "SPECTRAL", "Factorization", "cost", "fill_in"]
 
 SPECTRAL = ("svdp", "sttp")
-KINDS = (*SPECTRAL, "canonical", *FORMATS)
+KINDS = (*SPECTRAL, "canonical", "lowrank", *FORMATS)
 SPECTRA = ("identity", "free", "lipschitz", "bounded")
-SIZES = ("rank", "budget", "error")  # how large the layers are; a run says one
+SIZES = ("rank", "budget", "error", "energy")  # how large the layers are; a run says one
 OPTIONS = (*SIZES, "spectrum", "form", "skip")  # those that mean something only with --factorize
 FORMS = {**dict.fromkeys(SPECTRAL, ("householder", "stiefel")), "canonical": ("euclidean", "oblique")}  # default first
 
@@ -26,8 +26,8 @@ def fill_in(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the defaults of a factorization filled in, if there is to be one.
 
     Raises:
-        ValueError: an unknown name, none or several of ``rank``, ``budget`` and ``error``, an option that means
-            nothing for this kind of layers, or one that needs ``factorize`` without it.
+        ValueError: an unknown name, none or several of the options that say how large the layers are, an option that
+            means nothing for this kind of layers, or one that needs ``factorize`` without it.
     """
     chosen = {**dict.fromkeys(SIZES), **options}
     kind = chosen["factorize"]
@@ -56,9 +56,17 @@ def _require(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _meaningless(kind: str) -> tuple[str, ...]:
     """The options that layers of this kind do not have."""
+    sizes = tuple(size for size in SIZES if size not in _sizes(kind))
     if kind in SPECTRAL:
-        return ("budget", "error")
-    return ("spectrum",) if kind in FORMS else ("spectrum", "form")
+        return sizes
+    return (*sizes, "spectrum") if kind in FORMS else (*sizes, "spectrum", "form")
+
+
+def _sizes(kind: str) -> tuple[str, ...]:
+    """The options that say how large layers of this kind are."""
+    if kind in SPECTRAL:
+        return ("rank",)
+    return ("rank", "budget", "energy") if kind == "lowrank" else ("rank", "budget", "error")
 
 
 def _require_size(chosen: Mapping[str, Any]) -> None:
@@ -67,7 +75,8 @@ def _require_size(chosen: Mapping[str, Any]) -> None:
         raise ValueError(f"--factorize {chosen['factorize']} needs --rank, the highest rank of a layer")
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise ValueError(f"--factorize {chosen['factorize']} needs one of --rank, --budget and --error, got {found}")
+        *first, last = (f"--{name}" for name in _sizes(chosen["factorize"]))
+        raise ValueError(f"--factorize {chosen['factorize']} needs one of {', '.join(first)} and {last}, got {found}")
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,9 @@ class Factorization:
     """What `retract.nets.factorize` is asked to do.
 
     ``rank`` is the highest of a layer: smaller layers take what they can. ``budget`` is the fraction of its parameters
-    that a layer keeps, ``error`` the relative one to which its weight is decomposed; one of the three is given.
-    ``skip`` are patterns of names of layers that stay dense.
+    that a layer keeps, or all low-rank layers together, ``error`` the relative one to which its weight is decomposed,
+    ``energy`` the fraction of the squared singular values that it keeps; one of the four is given. ``skip`` are
+    patterns of names of layers that stay dense.
     """
 
     kind: str
@@ -86,6 +96,7 @@ class Factorization:
     skip: tuple[str, ...] = ()
     budget: float | None = None
     error: float | None = None
+    energy: float | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Factorization | None:
@@ -93,7 +104,7 @@ class Factorization:
         if options.get("factorize") is None:  # runs before there were factored layers do not say so
             return None
         skip = tuple(pattern.strip() for pattern in (options["skip"] or "").split(",") if pattern.strip())
-        sizes = (options.get(name) for name in ("budget", "error"))  # younger than the other options
+        sizes = (options.get(name) for name in ("budget", "error", "energy"))  # younger than the other options
         return cls(options["factorize"], options["rank"], options["spectrum"], options["form"], skip, *sizes)
 
     def apply(self, model: nn.Module) -> None:
@@ -101,7 +112,8 @@ class Factorization:
 
         Frames of spectral layers are those of the present weights. So are singular values where they are free; the
         others are spread over what is allowed, since those of random weights would mostly be cut to the same bound.
-        Other layers start afresh at the gain that lets a deep network train, unless they are decomposed to an error.
+        Low-rank layers start near the function that the layers with their present weights have before a ReLU. Others
+        start afresh at the gain that lets a deep network train, unless they are decomposed to an error.
 
         Raises:
             ValueError: a pattern to skip that fits no layer, no layer left to factorize, or a size that is not allowed.
@@ -109,6 +121,8 @@ class Factorization:
         options = {name: value for name, value in vars(self).items() if value is not None}
         if self.kind in SPECTRAL:
             options["init"] = "fit" if self.spectrum in (None, "free") else "spread"
+        elif self.kind == "lowrank":
+            options["init"] = "relu"
         else:
             options["init"] = "kaiming" if self.error is None else "fit"
         factorize(model, **options)
@@ -116,7 +130,7 @@ class Factorization:
     def __str__(self) -> str:
         if self.kind in SPECTRAL:
             return f"{self.kind} of rank {self.rank}, {self.spectrum} spectrum, {self.form} form"
-        sizes = {"rank": self.rank, "budget": self.budget, "error": self.error}
+        sizes = {name: getattr(self, name) for name in SIZES}
         size = ", ".join(f"{name} {value:g}" for name, value in sizes.items() if value is not None)
         return f"{self.kind} of {size}" + (f", {self.form} form" if self.form else "")
 

@@ -1,5 +1,5 @@
-"""``retract inspect MODEL``: which weights of a network are scale-invariant, the spectra of its layers, or by what they
-multiply the variance of signals and gradients.
+"""``retract inspect MODEL``: which weights of a network are scale-invariant, the spectra of its layers, by what they
+multiply the variance of signals and gradients, or what they would be with weights of low rank.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def inspect_command(
             "--variance", help="Show by what each layer multiplies the variance of signals and of gradients instead."
         ),
     ] = False,
+    lowrank: Annotated[
+        bool,
+        typer.Option(
+            "--lowrank",
+            help="Show what layers of low rank would cost instead, and how far each initialization of them is from "
+            "the function of the layer: with --rank, --budget (default 0.25) or --energy.",
+        ),
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="With --variance, draw it to a file: .png, .svg, .pdf.", metavar="FILE", show_default=False),
@@ -75,6 +83,16 @@ def inspect_command(
     rank: Annotated[int | None, typer.Option(min=1, help="As for `retract train`.", metavar="R", **LAYERS)] = None,
     budget: Annotated[float | None, typer.Option(help="As for `retract train`.", metavar="X", **LAYERS)] = None,
     error: Annotated[float | None, typer.Option(help="As for `retract train`.", metavar="X", **LAYERS)] = None,
+    energy: Annotated[float | None, typer.Option(help="As for `retract train`.", metavar="X", **LAYERS)] = None,
+    unfolding: Annotated[
+        str | None,
+        typer.Option(
+            help="With --lowrank: the matrix of a convolution, of its output channels (output, the default), with all "
+            "axes of the kernel on their side (input), or one (separable).",
+            metavar="NAME",
+            **LAYERS,
+        ),
+    ] = None,
     spectrum: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="NAME", **LAYERS)] = None,
     form: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="NAME", **LAYERS)] = None,
     skip: Annotated[str | None, typer.Option(help="As for `retract train`.", metavar="PATTERNS", **LAYERS)] = None,
@@ -83,7 +101,8 @@ def inspect_command(
 
     With --spectra, show what its layers hold and cost, and their largest and smallest singular values. With --variance,
     show second moments of every layer's output and of its gradient, each over that of the layer before: a deep network
-    without normalisation trains if they are near one.
+    without normalisation trains if they are near one. With --lowrank, show rank, parameters and errors of the layer of
+    low rank that could take the place of each layer.
 
     For example:
 
@@ -94,13 +113,24 @@ def inspect_command(
     retract inspect --spectra runs/digits-digitsnet-svdp8-sgd-0
 
     retract inspect cifar_alexnet --variance --plot variance.png
+
+    retract inspect resnet20 --lowrank --budget 0.3
     """
-    sizes = {"rank": rank, "budget": budget, "error": error}
+    sizes = {"rank": rank, "budget": budget, "error": error, "energy": energy}
     options = {"factorize": factorize, **sizes, "spectrum": spectrum, "form": form, "skip": skip}
-    if spectra and variance:
-        raise typer.BadParameter("ask for two tables: choose one", param_hint="--spectra and --variance")
+    tables = {"--spectra": spectra, "--variance": variance, "--lowrank": lowrank}
+    if sum(tables.values()) > 1:
+        asked = " and ".join(name for name, wanted in tables.items() if wanted)
+        raise typer.BadParameter("ask for two tables: choose one", param_hint=asked)
+    if unfolding is not None and not lowrank:
+        raise typer.BadParameter("means something only with --lowrank", param_hint="--unfolding")
     if plot is not None and not variance:
         raise typer.BadParameter("means something only with --variance", param_hint="--plot")
+    if lowrank:
+        from .inspect_lowrank import lowrank_text
+
+        typer.echo(lowrank_text(model, input_shape, batch, {**options, "unfolding": unfolding}, as_json))
+        return
     if spectra:
         typer.echo(_spectra(model, options, as_json))
         return

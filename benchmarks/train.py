@@ -77,8 +77,8 @@ def train_command(
         str | None,
         typer.Option(
             help="svdp: every weight becomes U diag(s) V^T; sttp: and its frames U, V tensor trains; canonical: "
-            "a sum of rank-one terms of unit vectors; or tensor layers, in the format cp, tucker2, tucker, "
-            "tensor_train, tt_matrix, tensor_ring, block_term or hierarchical_tucker. Default: dense.",
+            "a sum of rank-one terms of unit vectors; lowrank: U V; or tensor layers, in the format cp, tucker2, "
+            "tucker, tensor_train, tt_matrix, tensor_ring, block_term or hierarchical_tucker. Default: dense.",
             metavar="NAME",
             **LAYERS,
         ),
@@ -90,7 +90,7 @@ def train_command(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a rank: the fraction of its parameters that each layer keeps; not for svdp and sttp.",
+            help="Instead of a rank: the fraction of its parameters that each layer keeps (lowrank: all together).",
             metavar="X",
             **LAYERS,
         ),
@@ -98,10 +98,14 @@ def train_command(
     error: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a rank: decompose the initial weights to this relative error; not for svdp and sttp.",
+            help="Instead of a rank: decompose the initial weights to this relative error; not for matrices.",
             metavar="X",
             **LAYERS,
         ),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Of lowrank, instead: the share kept of squared singular values.", metavar="X", **LAYERS),
     ] = None,
     spectrum: Annotated[
         str | None,
@@ -225,6 +229,8 @@ def train_command(
     retract train --factorize sttp --rank 8 --spectrum lipschitz --form stiefel --skip fc
 
     retract train --factorize tucker2 --budget 0.1 --skip block1.0,fc
+
+    retract train --factorize lowrank --budget 0.3 --skip fc
     """
     from .experiment import Config, build_trainer, default_folder, plain, read_config, resolve
     from .runs import Run

@@ -7,6 +7,7 @@ from ._canonical import CANONICAL_NORM
 from .compress import decompress, factorize
 from .fixed_rank import fixed_rank_layer
 from .frobenius_decay import factor_pairs, frobenius_groups, frobenius_penalty
+from .init.calibration import calibrate
 from .invariance import Invariance, find_scale_invariant, register_scale_invariant, scale_invariant_groups
 from .parametrizations import canonical_weight_norm, manifold_groups
 from .summary import summary
@@ -14,6 +15,7 @@ from .summary import summary
 __all__ = [
     "CANONICAL_NORM",
     "Invariance",
+    "calibrate",
     "canonical_weight_norm",
     "cnn",
     "compress",

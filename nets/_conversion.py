@@ -6,10 +6,9 @@ A conversion leaves the layer it is given alone and returns what this is to beco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,10 @@ from retract.manifolds.canonical import cp_tensor, power_method
 from retract.manifolds.tensor_train import capped_ranks
 
 from ._exchange import standing_for, twin
-from ._layers import canonical_obstacle, matrix_obstacle, tensor_obstacle
+from ._layers import canonical_obstacle, low_rank_obstacle, matrix_obstacle, tensor_obstacle
+from ._low_rank_conversion import to_low_rank
+from ._low_rank_plan import plan_low_rank
+from ._sizes import StaysDense, allowed_by, check_error, check_fresh, check_saving
 from .init.decomposition import decompose
 from .init.tensor import tensor_kaiming_
 from .layers.tensor import tensor_layer
@@ -32,11 +34,7 @@ from .parametrizations._registration import layout_of
 from .parametrizations.canonical import put_terms, start_canonical
 from .parametrizations.spectral import sttp, svdp
 
-__all__ = ["KINDS", "Kind", "StaysDense"]
-
-
-class StaysDense(Exception):  # noqa: N818  # no error: nothing is wrong, and nothing is raised to the user
-    """A layer would not be smaller for its conversion; the message says so."""
+__all__ = ["KINDS", "Kind"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,12 @@ class Kind:
     convert: Callable[..., nn.Module]
     #: What keeps a layer from it.
     obstacle: Callable[[nn.Module], str | None]
-    #: Names of the options of ``convert``. What is not given has the default of the function that converts.
+    #: Names of the options of ``convert`` and ``plan``. What is not given has the default of the function.
     options: tuple[str, ...]
+    #: What is decided of all layers together, before any is converted: from the model, the layers by name, the options
+    #: of each, and those named in ``planned``, to options of each and the reasons of layers that stay dense.
+    plan: Callable[..., tuple[dict[str, dict[str, Any]], dict[str, str]]] | None = None
+    planned: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------------ spectral
@@ -84,21 +86,21 @@ def _to_canonical(
     shape = (layout.matrix_shape[0], *layout.fan_in_shape)
     elements, a_term = math.prod(shape), 1 + sum(size for size in shape if size > 1)
     if error is not None:
-        _check_error(error)
+        check_error(error)
         if init not in ("fit", "power"):
             raise ValueError(f"error needs init='fit', which adds terms up to that error, got init={init!r}")
         weights, factors = _terms(module.get_parameter("weight"), layout, error, (elements - 1) // a_term)
         return put_terms(twin(module), weights, factors, form=form, execution=execution)
     if budget is not None:
-        allowed = _allowed(budget, elements)
+        allowed = allowed_by(budget, elements)
         rank = allowed // a_term
         if rank == 0:
             raise StaysDense(f"one term has {a_term:,} elements, its budget is {allowed:,}")
-        _check_saving(rank * a_term, elements)
+        check_saving(rank * a_term, elements)
     elif isinstance(rank, int) and not isinstance(rank, bool):
         rank = min(rank, elements // max(shape))  # no tensor of this shape needs more
     if init in ("fit", "power", "als"):
-        _check_fresh(init, [name for name in fresh if name != "generator"])
+        check_fresh(init, [name for name in fresh if name != "generator"])
     start: Any = {"fit": "power", "kaiming": "normal"}.get(init, init)
     return start_canonical(twin(module), cast(int, rank), form=form, init=start, execution=execution, **fresh)
 
@@ -137,19 +139,19 @@ def _to_tensor(
     if init not in ("fit", "kaiming"):
         raise ValueError(f"init must be 'fit' or 'kaiming', got {init!r}")
     if init == "fit":
-        _check_fresh(init, list(fresh))
+        check_fresh(init, list(fresh))
     weight = module._parameters["weight"]
     assert weight is not None
     split = _split(modes)
     if error is not None:
-        _check_error(error)
+        check_error(error)
     else:
         network, cores = _network(name, weight, rank, budget, split), None
     if error is not None or init == "fit":
         found = decompose(weight.detach(), name, rank=rank, budget=budget, error=error, **split)
         network, cores = found.network, found.cores
     if rank is None:
-        _check_saving(network.parameters, weight.numel())
+        check_saving(network.parameters, weight.numel())
     layer = tensor_layer(module, network, cores if init == "fit" else None, execution=execution)
     if fresh:
         tensor_kaiming_(layer, **fresh)
@@ -160,7 +162,7 @@ def _to_tensor(
 def _network(name: str, weight: Tensor, rank: Any, budget: float | None, split: dict[str, Any]) -> TensorNetwork:
     if budget is None:
         return tensor_network(name, weight.shape, rank=rank, **split)
-    allowed = _allowed(budget, weight.numel())
+    allowed = allowed_by(budget, weight.numel())
     tensor_network(name, weight.shape, rank=1, **split)
     try:
         return tensor_network(name, weight.shape, budget=budget, **split)
@@ -176,53 +178,20 @@ def _split(modes: Modes | None) -> dict[str, Any]:
     return {"out_modes": modes[0], "in_modes": modes[1]}
 
 
-# --------------------------------------------------------------------------------------------------------------- sizes
-
-
-def _allowed(budget: float, elements: int) -> int:
-    """The most elements that a budget lets a layer store."""
-    if not _is_number(budget):
-        raise TypeError(f"budget must be a number, got {budget!r}")
-    if isinstance(budget, Integral):
-        if budget < 1:
-            raise ValueError(f"budget must be 1 element or more, or a fraction in (0, 1], got {budget!r}")
-        return int(budget)
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget must be a fraction in (0, 1], or an int, a number of elements, got {budget!r}")
-    return int(budget * elements)
-
-
-def _check_error(error: float) -> None:
-    if not _is_number(error):
-        raise TypeError(f"error must be a number, got {error!r}")
-    if not 0 < error < 1:
-        raise ValueError(f"error must be a relative error, in (0, 1), got {error!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_fresh(init: str, given: Sequence[str]) -> None:
-    if given:
-        raise ValueError(f"{' and '.join(given)} given with init={init!r}, and of effect for random starts alone")
-
-
-def _check_saving(stored: int, elements: int) -> None:
-    if stored >= elements:
-        raise StaysDense(f"it would store {stored:,} elements, its weight has {elements:,}")
-
-
 # --------------------------------------------------------------------------------------------------------------- kinds
 
 _SPECTRAL = ("rank", "spectrum", "form", "execution", "init")
-_TENSOR = ("rank", "budget", "error", "execution", "init", "mode", "nonlinearity", "generator")
+_FRESH = ("mode", "nonlinearity", "generator")
+_TENSOR = ("rank", "budget", "error", "execution", "init", *_FRESH)
+_PLANNED = ("cost", "example_input")
+_LOW_RANK = ("rank", "budget", "energy", "unfolding", "init", "slope", "correct_bias", *_FRESH, *_PLANNED)
 
 #: What `retract.nets.factorize` can make of layers, by name.
 KINDS: dict[str, Kind] = {
     "svdp": Kind(_to_svdp, matrix_obstacle, _SPECTRAL),
     "sttp": Kind(_to_sttp, matrix_obstacle, (*_SPECTRAL, "modes")),
     "canonical": Kind(_to_canonical, canonical_obstacle, (*_TENSOR, "form")),
+    "lowrank": Kind(to_low_rank, low_rank_obstacle, _LOW_RANK, plan_low_rank, _PLANNED),
     **{
         name: Kind(partial(_to_tensor, name), tensor_obstacle, (*_TENSOR, "modes") if format.splits else _TENSOR)
         for name, format in FORMATS.items()

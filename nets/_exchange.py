@@ -13,17 +13,18 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from ._layers import TENSOR_LAYERS, is_tensor_layer
+from ._layers import LOW_RANK_LAYERS, TENSOR_LAYERS, is_low_rank_layer, is_tensor_layer
 from .layers.canonical import CANONICAL
 from .layers.factored import FACTORED
+from .layers.low_rank import LowRankLayer, LowRankLinear
 
-__all__ = ["exchange", "make_parametrized_dense", "make_tensor_dense", "standing_for", "twin"]
+__all__ = ["exchange", "make_low_rank_dense", "make_parametrized_dense", "make_tensor_dense", "standing_for", "twin"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 #: The class of torch of each of ours.
 _DENSE: dict[type[nn.Module], type[nn.Module]] = {
-    own: dense for classes in (FACTORED, CANONICAL, TENSOR_LAYERS) for dense, own in classes.items()
+    own: dense for classes in (FACTORED, CANONICAL, TENSOR_LAYERS, LOW_RANK_LAYERS) for dense, own in classes.items()
 }
 
 
@@ -93,6 +94,25 @@ def make_tensor_dense(layer: nn.Module) -> None:
     exchange(layer, new)
 
 
+def make_low_rank_dense(layer: nn.Module) -> None:
+    """Make a low-rank layer the layer of torch with its weight, geometry and bias."""
+    found = cast(LowRankLayer, layer)
+    with torch.enable_grad():  # a factor that is parametrized needs a gradient if what it is made of does
+        trainable = found.left.requires_grad or found.right.requires_grad
+    new = found.to_dense()
+    dense = type(new)
+    new.requires_grad_(trainable)
+    new._parameters = {"weight": new.get_parameter("weight")}
+    # Its own class, as in `make_parametrized_dense`; then factors that are parameters again, to be left behind.
+    layer.__class__ = _parametrized_like(layer, cast(Any, parametrize.type_before_parametrizations(layer)))
+    for factor in ("left", "right"):
+        if parametrize.is_parametrized(layer, factor):
+            parametrize.remove_parametrizations(layer, factor)
+    new = standing_for(layer, new, "left", "right")
+    new.__class__ = _parametrized_like(layer, dense)
+    exchange(layer, new)
+
+
 def _parametrized_like(module: nn.Module, base: type[nn.Module]) -> type[nn.Module]:
     """Another class, with the parametrizations that a module has, if it has any."""
     if not parametrize.is_parametrized(module):
@@ -103,7 +123,10 @@ def _parametrized_like(module: nn.Module, base: type[nn.Module]) -> type[nn.Modu
 def _blank(module: nn.Module) -> nn.Module:
     """A module of the same class, without values, to see what its class makes of it."""
     made: Any = parametrize.type_before_parametrizations(module)
-    sizes = (1, 1, 1) if issubclass(made, _ConvNd) else (1, 1)
-    arguments: Any = (cast(Any, module).network,) if is_tensor_layer(module) else sizes
+    arguments: Any = (1, 1, 1) if issubclass(made, _ConvNd) else (1, 1)
+    if is_tensor_layer(module):
+        arguments = (cast(Any, module).network,)
+    elif is_low_rank_layer(module):
+        arguments = (1, 1, 1) if made is LowRankLinear else (1, 1, 1, 1)
     blank: nn.Module = made(*arguments, device="meta")
     return blank

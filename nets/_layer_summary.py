@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from retract.manifolds.cp_terms import degeneracy
 
 from ._layers import TENSOR_LAYERS
+from ._low_rank_cost import multiplications
 from .layers.canonical import runs_factored
 from .layers.factored import FACTORED, products
+from .layers.low_rank import LowRankLayer
 from .layers.tensor_formats import FORMATS, Format
 from .layers.tensor_network import TensorNetwork
 from .parametrizations._base import SpectralParametrization, spectral_weight
@@ -42,8 +44,8 @@ class LayerSummary:
 
     #: Name of the module in the model.
     name: str
-    #: ``"svdp"``, ``"sttp"``, ``"canonical"``, ``"dense"``, or that of a tensor layer: the name of its format
-    #: (`retract.nets.layers.tensor_formats`), ``"tensor"`` if it has none.
+    #: ``"svdp"``, ``"sttp"``, ``"canonical"``, ``"lowrank"``, ``"dense"``, or that of a tensor layer: the name of its
+    #: format (`retract.nets.layers.tensor_formats`), ``"tensor"`` if it has none.
     kind: str
     #: Shape of the weight, in torch's order.
     shape: tuple[int, ...]
@@ -59,7 +61,7 @@ class LayerSummary:
     dense_flops: int
     #: Whether it runs on the factors and never builds the weight.
     factored: bool = False
-    #: Rank of a spectral weight's matrix, or the number of terms of a canonical weight.
+    #: Rank of a spectral or low-rank weight's matrix, or matrices, or the number of terms of a canonical weight.
     rank: int | None = None
     #: Ranks of all bonds: of a tensor train from the first mode of out inward and from there to the first of fan_in,
     #: of a tensor layer in the order in which its cores have them.
@@ -73,7 +75,7 @@ class LayerSummary:
     #: up, far above where they cancel.
     degeneracy: float | None = None
     #: Why `retract.nets.factorize` leaves this layer dense: what keeps it from a spectral weight, or what the last
-    #: call with ``budget`` or ``error`` found.
+    #: call with ``budget``, ``error`` or ``energy`` found.
     obstacle: str = ""
 
 
@@ -88,6 +90,8 @@ def layer_summary(name: str, module: nn.Module, obstacle: str) -> LayerSummary:
     """
     if isinstance(module, _TENSOR):
         return _tensor(name, module)
+    if isinstance(module, LowRankLayer):
+        return _low_rank(name, module)
     if (spectral := spectral_weight(module, "weight")) is not None:
         return _spectral(name, module, *spectral)
     if (canonical := canonical_weight(module)) is not None:
@@ -153,6 +157,25 @@ def _tensor(name: str, module: Any) -> LayerSummary:
         factored=module.factored,
         flops=2 * (module.contraction.multiplications if module.factored else elements),
         dense_flops=2 * elements,
+    )
+
+
+def _low_rank(name: str, layer: LowRankLayer) -> LayerSummary:
+    unfolding, rank = layer.unfolding, layer.rank
+    rows, columns = unfolding.matrix_shape
+    stride: tuple[int, ...] = getattr(layer, "stride", ())
+    dense, per_rank = multiplications(unfolding, stride, [1] * len(stride))  # inputs of an output position: the stride
+    return LayerSummary(
+        name=name,
+        kind="lowrank",
+        shape=unfolding.weight_shape,
+        rank=rank,
+        parameters=unfolding.groups * rank * (rows + columns),
+        degrees_of_freedom=unfolding.groups * rank * (rows + columns - rank),
+        elements=math.prod(unfolding.weight_shape),
+        factored=True,
+        flops=2 * rank * per_rank,
+        dense_flops=2 * dense,
     )
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .layers.factored import FACTORED
+from .layers.low_rank import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer, LowRankLinear
 from .layers.tensor import TensorConv1d, TensorConv2d, TensorConv3d, TensorLinear
 from .parametrizations._registration import layout_of
 
 __all__ = [
+    "LOW_RANK_LAYERS",
     "TENSOR_LAYERS",
     "canonical_obstacle",
+    "is_low_rank_layer",
     "is_tensor_layer",
+    "low_rank_obstacle",
     "matrix_obstacle",
+    "naming",
     "note_of",
     "obstacles",
     "set_note",
@@ -32,8 +38,18 @@ TENSOR_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: TensorConv3d,
 }
 
+#: The low-rank layer of each class of torch that has one.
+LOW_RANK_LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {
+    nn.Linear: LowRankLinear,
+    nn.Conv1d: LowRankConv1d,
+    nn.Conv2d: LowRankConv2d,
+    nn.Conv3d: LowRankConv3d,
+}
+
 _TENSOR: tuple[type[nn.Module], ...] = tuple(TENSOR_LAYERS.values())
-_KINDS: tuple[type[nn.Module], ...] = (*FACTORED, *_TENSOR)
+_LOW_RANK: tuple[type[nn.Module], ...] = tuple(LOW_RANK_LAYERS.values())
+_WITHOUT_WEIGHT = (*_TENSOR, *_LOW_RANK)  # of factors that are no parametrization
+_KINDS: tuple[type[nn.Module], ...] = (*FACTORED, *_WITHOUT_WEIGHT)
 _NOTE = "_stays_dense"
 
 
@@ -47,6 +63,11 @@ def is_tensor_layer(module: nn.Module) -> bool:
     return parametrize.type_before_parametrizations(module) in _TENSOR
 
 
+def is_low_rank_layer(module: nn.Module) -> bool:
+    """Whether this is one of the library's low-rank layers, and not of a class derived from them."""
+    return parametrize.type_before_parametrizations(module) in _LOW_RANK
+
+
 def set_note(module: nn.Module, note: str | None) -> None:
     """Keep on a layer why the last call of `retract.nets.factorize` left it dense, if it did."""
     vars(module).pop(_NOTE, None)
@@ -57,6 +78,15 @@ def set_note(module: nn.Module, note: str | None) -> None:
 def note_of(module: nn.Module) -> str:
     """What `set_note` has kept."""
     return str(vars(module).get(_NOTE, ""))
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say in what is wrong with a layer which one it is."""
+    try:
+        yield
+    except (TypeError, ValueError) as problem:
+        raise type(problem)(f"layer {name!r}: {problem}" if name else str(problem)) from problem
 
 
 def matrix_obstacle(module: nn.Module) -> str | None:
@@ -80,9 +110,22 @@ def tensor_obstacle(module: nn.Module) -> str | None:
 
     Unlike `matrix_obstacle` it lets groups pass: the weight of a grouped convolution is one tensor all the same.
     """
-    if type(module) not in TENSOR_LAYERS:
-        names = ", ".join(layer.__name__ for layer in TENSOR_LAYERS)
-        return f"{type(module).__name__} is not one of torch.nn's own {names}, which have tensor layers"
+    return _replacement_obstacle(module, TENSOR_LAYERS, "tensor")
+
+
+def low_rank_obstacle(module: nn.Module) -> str | None:
+    """What keeps a layer without parametrizations from becoming a low-rank layer, if anything does.
+
+    Unlike `matrix_obstacle` it lets groups pass: each of them has a matrix.
+    """
+    return _replacement_obstacle(module, LOW_RANK_LAYERS, "low-rank")
+
+
+def _replacement_obstacle(module: nn.Module, classes: Mapping[type[nn.Module], object], kind: str) -> str | None:
+    """What keeps a layer from becoming one of another class."""
+    if type(module) not in classes:
+        names = ", ".join(layer.__name__ for layer in classes)
+        return f"{type(module).__name__} is not one of torch.nn's own {names}, which have {kind} layers"
     parameter = module._parameters.get("weight")
     if parameter is None:
         return f"module has no parameter 'weight', it has {', '.join(module._parameters)}"
@@ -106,7 +149,7 @@ def obstacles(model: nn.Module, obstacle: Callable[[nn.Module], str | None] = ma
 
 
 def _obstacle(module: nn.Module, users: Mapping[int, int], obstacle: Callable[[nn.Module], str | None]) -> str | None:
-    if isinstance(module, _TENSOR):
+    if isinstance(module, _WITHOUT_WEIGHT):
         return f"it is a {type(module).__name__} already"
     if parametrize.is_parametrized(module):
         name, chain = next(iter(module.parametrizations.items()))  # type: ignore[union-attr, operator]

@@ -15,11 +15,13 @@ from torch.nn.utils import parametrize
 
 from retract.manifolds.spectrum import SpectrumLike, as_spectrum
 
-from ._conversion import KINDS, StaysDense
-from ._exchange import exchange, make_parametrized_dense, make_tensor_dense
-from ._layers import is_tensor_layer, obstacles, set_note
+from ._conversion import KINDS
+from ._exchange import exchange, make_low_rank_dense, make_parametrized_dense, make_tensor_dense
+from ._layers import is_low_rank_layer, is_tensor_layer, naming, obstacles, set_note
 from ._selection import PerLayer, Selection, Skip
+from ._sizes import StaysDense
 from ._truncation import Truncation, canonical_penalty, shrink_terms_, truncate
+from ._unfolding import UnfoldingKind
 from .parametrizations._base import SpectralParametrization
 from .parametrizations._layout import Modes
 from .parametrizations.canonical import Canonical, canonical_weight
@@ -29,7 +31,7 @@ __all__ = ["Truncation", "canonical_penalty", "decompress", "factorize", "shrink
 Model = TypeVar("Model", bound=nn.Module)
 Rank = int | Sequence[int]
 
-_SIZES = ("rank", "budget", "error")
+_SIZES = ("rank", "budget", "error", "energy")
 _PARAMETRIZATIONS = (SpectralParametrization, Canonical)
 
 
@@ -41,6 +43,7 @@ def factorize(
     *,
     budget: float | PerLayer[float] | None = None,
     error: float | PerLayer[float] | None = None,
+    energy: float | PerLayer[float] | None = None,
     skip: Skip = (),
     modes: Modes | PerLayer[Modes] | None = None,
     form: Literal["householder", "stiefel", "euclidean", "oblique"] | None = None,
@@ -49,6 +52,11 @@ def factorize(
     mode: Literal["fan_in", "fan_out", "fan_avg"] | None = None,
     nonlinearity: str | None = None,
     generator: torch.Generator | None = None,
+    unfolding: UnfoldingKind | PerLayer[UnfoldingKind] | None = None,
+    slope: float | PerLayer[float] | None = None,
+    correct_bias: bool | None = None,
+    cost: Literal["parameters", "multiplications"] | None = None,
+    example_input: Any = None,
 ) -> Model:
     """Give every linear layer, convolution and embedding of a model a weight made of a few factors, in place.
 
@@ -58,34 +66,45 @@ def factorize(
     ``"svdp"``                of chosen rank and spectrum, U diag(s) Vᵀ           rank, spectrum, form
     ``"sttp"``                the same, U and V tensor trains                     rank, spectrum, form, modes
     ``"canonical"``           sum of rank-one terms of unit vectors               rank, budget or error; form
+    ``"lowrank"``             U V, in a low-rank layer (`low_rank_layer`)         rank, budget or energy; unfolding,
+                                                                                  slope, correct_bias, cost,
+                                                                                  example_input
     ``"cp"``, ``"tucker2"``,  a tensor network (`retract.nets.layers.             rank, budget or error; modes
     ...                       tensor_formats`), in a tensor layer                 (``"tt_matrix"``, ``"tensor_ring"``)
     ========================  ==================================================  ==================================
 
-    All take ``skip``, ``execution`` and ``init``; where ``init`` may be a random start, ``mode``, ``nonlinearity`` and
-    ``generator`` are its options. Of ``rank``, ``budget`` and ``error`` exactly one is given.
+    All take ``skip`` and ``init``, and all but ``"lowrank"``, which is always factored, ``execution``; where ``init``
+    may be a random start, ``mode``, ``nonlinearity`` and ``generator`` are its options. Of ``rank``, ``budget``,
+    ``error`` and ``energy`` exactly one is given.
 
     A layer stays as it is if its weight is parametrized already, is shared with another layer or is no plain
-    parameter; if it has groups (all kinds but tensor networks); if it is an embedding (``"canonical"`` and tensor
-    networks); or if it is a transposed convolution, or of a class derived from torch's (tensor networks). It does too
-    if its ``budget`` or ``error`` would not make it smaller. `retract.nets.summary` lists such layers with the reason.
-    A layer that a model holds under several names is converted once. The layers remain the objects they were, with
-    their hooks; the parameters are new ones: make the optimizer after this.
+    parameter; if it has groups (all kinds but ``"lowrank"`` and tensor networks); if it is an embedding
+    (``"canonical"``, ``"lowrank"`` and tensor networks); or if it is a transposed convolution, or of a class derived
+    from torch's (``"lowrank"`` and tensor networks). It does too if its ``budget``, ``error`` or ``energy`` would not
+    make it smaller. `retract.nets.summary` lists such layers with the reason. A layer that a model holds under several
+    names is converted once. The layers remain the objects they were, with their hooks; the parameters are new ones:
+    make the optimizer after this.
 
     Args:
         model: a network, or a single layer.
         kind: of the table.
-        rank: an int, cut for each layer to the largest of use: that its matrix allows (``"svdp"``), for each bond the
-            largest that its tensor allows (``"sttp"``, tensor networks), the most terms that a tensor of its shape
-            can need (``"canonical"``). For ``"sttp"`` and tensor networks also a tuple of the ranks of all bonds. Or
-            a mapping from names or patterns (`fnmatch`) to such ranks, where the first that fits a layer holds; or a
-            function of name and module. A layer without a rank, or with ``None``, stays dense.
+        rank: an int, cut for each layer to the largest of use: that its matrix allows (``"svdp"``, ``"lowrank"``), for
+            each bond the largest that its tensor allows (``"sttp"``, tensor networks), the most terms that a tensor of
+            its shape can need (``"canonical"``). For ``"sttp"`` and tensor networks also a tuple of the ranks of all
+            bonds. Or a mapping from names or patterns (`fnmatch`) to such ranks, where the first that fits a layer
+            holds; or a function of name and module. A layer without a rank, or with ``None``, stays dense.
         spectrum: which singular values are allowed, by name or object (`retract.manifolds.spectrum`). Default:
             ``"free"``.
         budget: of each layer, the most elements that it may store: a float in (0, 1] is a fraction of those of its
-            weight, an int a number. Or in the ways of ``rank``.
+            weight, an int a number. Or in the ways of ``rank``. For ``"lowrank"`` a number is one budget for the
+            weights of all layers that are neither skipped nor impossible to convert, those that stay dense included:
+            singular values are kept down to one threshold for all of them. It is on what a term adds to the logarithm
+            of the share of its layer's squared singular values that is kept, per cost (`retract.nets._rank_budget`).
+            A mapping or function still gives each layer its own.
         error: of each layer, the relative Frobenius error to which its weight is decomposed with as few elements as the
             kind's method finds, in (0, 1). Or in the ways of ``rank``.
+        energy: of each layer, the fraction in (0, 1] of its squared singular values that is kept. Or in the ways of
+            ``rank``.
         skip: layers to leave as they are: names or patterns, of layers or of modules that contain them, or a
             predicate of name and module.
         modes: the factors of each layer's dimensions, as one value or in the ways of ``rank``: for ``"sttp"`` (of
@@ -97,10 +116,24 @@ def factorize(
         init: ``"fit"`` (default) to approximate the present weights: ``"canonical"`` does it by the power method,
             and by alternating least squares for ``"als"``. Otherwise ``"spread"`` for spectral kinds; ``"kaiming"``
             for a random start of the others (`retract.nets.init`), whose vectors ``"canonical"`` draws normal, or
-            ``"uniform"``.
+            ``"uniform"``. For ``"lowrank"`` a method of `retract.nets.init.lowrank_factors`, by default
+            ``"spectral"``, the nearest weights, or ``"kaiming"``.
         mode: of random starts, ``"fan_in"``, ``"fan_out"`` or ``"fan_avg"``.
         nonlinearity: of random starts, a name that `torch.nn.init.calculate_gain` knows; ``"relu"`` by default.
         generator: of random numbers.
+        unfolding: of convolutions, ``"output"`` (default), ``"input"`` or ``"separable"``, as one value or in the ways
+            of ``rank``.
+        slope: of the leaky ReLU after a layer, for the methods that fit its function; 0 is ReLU, 1 no nonlinearity. As
+            one value or in the ways of ``rank``: ``{"fc": 1.0}`` for a last layer. By default what ``example_input``
+            shows, where neither ReLU nor leaky ReLU follows 1; without it ReLU.
+        correct_bias: fit biases, too, to the function: see `retract.nets.init.lowrank_factors_with_bias`. Layers
+            without one get one. Not of layers that feed a batch normalization (``example_input``), which removes it.
+        cost: what a ``budget`` counts: ``"parameters"`` (default), or ``"multiplications"`` in a forward pass of
+            ``example_input``, of which an int is a number.
+        example_input: one tensor, or the tuple of positional arguments of a forward pass, which is run once in
+            evaluation mode. It shows the sizes that ``cost="multiplications"`` needs, the rectifier after each layer,
+            and which layers feed a batch normalization: these are fitted, and compared with others, with filters of the
+            norm by which it multiplies them, since it removes their own.
 
     Returns:
         The model.
@@ -114,9 +147,11 @@ def factorize(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    per_layer = _given(rank=rank, budget=budget, error=error, modes=modes)
-    options = _given(spectrum=spectrum, form=form, execution=execution, init=init)
-    options |= _given(mode=mode, nonlinearity=nonlinearity, generator=generator)
+    per_layer = _given(
+        rank=rank, budget=budget, error=error, energy=energy, modes=modes, unfolding=unfolding, slope=slope
+    )
+    options = _given(spectrum=spectrum, form=form, execution=execution, init=init, correct_bias=correct_bias)
+    options |= _given(mode=mode, nonlinearity=nonlinearity, generator=generator, cost=cost, example_input=example_input)
     size = _check_options(kind, [*per_layer, *options])
     if "spectrum" in options:
         options["spectrum"] = as_spectrum(options["spectrum"])
@@ -126,7 +161,12 @@ def factorize(
     reasons |= dict.fromkeys(layers.modules.keys() - choices[size].keys(), f"{size} has none for it")
     chosen = {name: module for name, module in layers.modules.items() if name not in reasons}
     own = {name: {option: of[name] for option, of in choices.items() if name in of} for name in chosen}
-    converted, notes = _converted(kind, size, chosen, own, options)
+    unchanged: dict[str, str] = {}
+    if (plan := KINDS[kind].plan) is not None:
+        shared = {name: options.pop(name) for name in KINDS[kind].planned if name in options}
+        own, unchanged = plan(model, chosen, own, budget=budget, **shared)
+    converted, notes = _converted(kind, size, {name: chosen[name] for name in own}, own, options)
+    notes |= unchanged
     if not converted:
         reasons |= notes
         listed = "".join(f"\n  {name or 'the layer itself'}: {reasons[name]}" for name in layers.modules)
@@ -152,6 +192,8 @@ def decompress(model: Model) -> Model:
     for module in list(model.modules()):
         if is_tensor_layer(module):
             make_tensor_dense(module)
+        elif is_low_rank_layer(module):
+            make_low_rank_dense(module)
         elif parametrize.is_parametrized(module):
             stored: Any = module.parametrizations
             for name in [name for name, chain in stored.items() if isinstance(chain[0], _PARAMETRIZATIONS)]:
@@ -198,11 +240,10 @@ def _converted(
     notes: dict[str, str] = {}
     for name, module in layers.items():
         try:
-            converted[name] = KINDS[kind].convert(module, **own[name], **options).train(module.training)
+            with naming(name):
+                converted[name] = KINDS[kind].convert(module, **own[name], **options).train(module.training)
         except StaysDense as reason:
             notes[name] = f"{kind} with {size}={own[name][size]}: {reason}"
-        except (TypeError, ValueError) as problem:
-            raise type(problem)(f"layer {name!r}: {problem}" if name else str(problem)) from problem
     return converted, notes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,11 +12,10 @@ from ._contraction_operands import operands
 from ._contraction_path import Cost, building_products, cheapest_chain
 from ._contraction_plan import compiled
 from ._contraction_steps import Geometry, Linear, batched_product, padded
+from ._convolution_geometry import PaddingMode, padding_amounts, positive
 from .tensor_network import TensorNetwork
 
-__all__ = ["Contraction", "PaddingMode", "padding_amounts", "positive"]
-
-PaddingMode: TypeAlias = Literal["zeros", "circular", "reflect", "replicate"]
+__all__ = ["Contraction"]
 
 
 class Contraction:
@@ -150,36 +148,3 @@ class Contraction:
         if channels_first and isinstance(last, Linear) and last.kept == 1 and batched_product(last.shape, map):
             return last.channels_first(map, cores, bias).movedim(1, -1)
         return last(map, cores, geometry, bias)
-
-
-def positive(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Positive integers, one for each dimension.
-
-    Raises:
-        ValueError: another count, or one below 1.
-    """
-    values = (value,) * count if isinstance(value, int) else tuple(value)
-    if len(values) != count or not all(isinstance(one, int) and one >= 1 for one in values):
-        raise ValueError(f"{name} must be a positive integer, or {count} of them, got {value!r}")
-    return values
-
-
-def padding_amounts(
-    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """What is added before and after each axis.
-
-    Raises:
-        ValueError: no such padding.
-    """
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    count = len(kernel)
-    values: tuple[object, ...] = (padding,) * count if isinstance(padding, int) else tuple(padding)
-    numbers = [value for value in values if isinstance(value, int) and value >= 0]
-    if len(values) != count or len(numbers) != count:
-        raise ValueError(f"padding must be 'same', 'valid', a non-negative integer or {count} of them, got {padding!r}")
-    return tuple((number, number) for number in numbers)

@@ -15,7 +15,7 @@ that it commutes with every padding mode along the other axes: outputs and gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from retract.nets._unfolding import Unfolding, UnfoldingKind
 from retract.nets.init.low_rank import LowRankMethod, lowrank_factors, lowrank_factors_with_bias
 
-from ._contraction import PaddingMode, padding_amounts, positive
 from ._contraction_steps import Geometry
+from ._convolution_geometry import ConvolutionGeometry, PaddingMode, positive, shown
 from ._factored_convolution import AxisConvolution
 from ._low_rank import LowRankLayer
 
@@ -112,17 +112,10 @@ class _LowRankConv(LowRankLayer):
         )
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups must divide {in_channels} input and {out_channels} output channels, got {groups}")
-        if padding_mode not in get_args(PaddingMode):
-            allowed = ", ".join(map(repr, get_args(PaddingMode)))
-            raise ValueError(f"padding_mode must be one of {allowed}, got {padding_mode!r}")
-        self.padding_mode = padding_mode
-        self.kernel_size = positive("kernel_size", kernel_size, spatial)
-        self.stride = positive("stride", stride, spatial)
-        self.dilation = positive("dilation", dilation, spatial)
-        amounts = padding_amounts(padding, self.kernel_size, self.dilation)
-        if padding == "same" and any(step > 1 for step in self.stride):
-            raise ValueError(f"padding must not be 'same' for a strided convolution, got stride {self.stride}")
-        self.padding = padding if isinstance(padding, str) else tuple(before for before, _ in amounts)
+        geometry = ConvolutionGeometry.of(
+            kernel_size, spatial, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
+        )
+        self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode, amounts = geometry
         matrix = Unfolding((out_channels, in_channels // groups, *self.kernel_size), unfolding, groups)
         # An axis with one tap may belong to either; strided over first, it leaves fewer positions.
         second = [axis for axis in range(matrix.split) if self.kernel_size[axis] > 1]
@@ -158,13 +151,8 @@ class _LowRankConv(LowRankLayer):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
-        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
-            value = getattr(self, name)
-            shown += "" if value == (default,) * self._spatial else f", {name}={value!r}"
-        shown += "" if self.groups == 1 else f", groups={self.groups}"
-        shown += "" if self.padding_mode == "zeros" else f", padding_mode={self.padding_mode!r}"
-        return f"{shown}, bias={self.bias is not None}, unfolding={self.unfolding.kind!r}"
+        sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
+        return f"{sizes}{shown(self)}, bias={self.bias is not None}, unfolding={self.unfolding.kind!r}"
 
 
 class LowRankConv1d(_LowRankConv):

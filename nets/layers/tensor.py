@@ -16,8 +16,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from retract.nets.init.tensor import tensor_kaiming_
 
-from ._contraction import Contraction, PaddingMode, padding_amounts, positive
+from ._contraction import Contraction
 from ._contraction_operands import parted_outputs
+from ._convolution_geometry import ConvolutionGeometry, PaddingMode, positive, shown
 from .tensor_network import TensorNetwork
 
 __all__ = ["Execution", "TensorConv1d", "TensorConv2d", "TensorConv3d", "TensorLinear", "tensor_layer"]
@@ -159,17 +160,11 @@ class _TensorConv(_TensorLayer):
         positive("groups", groups, 1)
         if network.out_features % groups:
             raise ValueError(f"groups must divide the {network.out_features} output channels, got {groups}")
-        if padding_mode not in get_args(PaddingMode):
-            allowed = ", ".join(map(repr, get_args(PaddingMode)))
-            raise ValueError(f"padding_mode must be one of {allowed}, got {padding_mode!r}")
-        self.in_channels, self.out_channels = network.in_features * groups, network.out_features
-        self.kernel_size, self.groups, self.padding_mode = network.kernel_size, groups, padding_mode
-        self.stride = positive("stride", stride, spatial)
-        self.dilation = positive("dilation", dilation, spatial)
-        self._amounts = padding_amounts(padding, self.kernel_size, self.dilation)
-        if padding == "same" and any(step > 1 for step in self.stride):
-            raise ValueError(f"padding must not be 'same' for a strided convolution, got stride {self.stride}")
-        self.padding = padding if isinstance(padding, str) else tuple(before for before, _ in self._amounts)
+        self.in_channels, self.out_channels, self.groups = network.in_features * groups, network.out_features, groups
+        geometry = ConvolutionGeometry.of(
+            network.kernel_size, spatial, stride=stride, padding=padding, dilation=dilation, padding_mode=padding_mode
+        )
+        self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode, self._amounts = geometry
         contraction = None
         if parted_outputs(network, groups) is not None:
             contraction = Contraction(network, stride=self.stride, dilation=self.dilation, groups=groups)
@@ -190,13 +185,8 @@ class _TensorConv(_TensorLayer):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        shown = f"{self.in_channels}, {self.out_channels}, {self.network}, kernel_size={self.kernel_size}"
-        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
-            value = getattr(self, name)
-            shown += "" if value == (default,) * self._spatial else f", {name}={value!r}"
-        shown += "" if self.groups == 1 else f", groups={self.groups}"
-        shown += "" if self.padding_mode == "zeros" else f", padding_mode={self.padding_mode!r}"
-        return f"{shown}, bias={self.bias is not None}, execution={self.execution!r}"
+        sizes = f"{self.in_channels}, {self.out_channels}, {self.network}, kernel_size={self.kernel_size}"
+        return f"{sizes}{shown(self)}, bias={self.bias is not None}, execution={self.execution!r}"
 
 
 class TensorConv1d(_TensorConv):

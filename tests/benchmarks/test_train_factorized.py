@@ -18,6 +18,7 @@ from retract.benchmarks.runs import Interrupted, Run
 from retract.manifolds.spectrum import as_spectrum
 from retract.nets import cnn
 from retract.nets.compress import factorize
+from retract.nets.layers.low_rank import low_rank_layer
 from retract.nets.parametrizations.models import canonical_weights, spectral_weights
 from retract.nets.summary import summary
 
@@ -158,6 +159,7 @@ def test_a_network_of_factored_layers_alone():
 
 CANONICAL = ("--factorize", "canonical", "--rank", 8, "--skip", "block1,fc")
 TENSOR = ("--factorize", "tucker2", "--budget", 0.3, "--skip", "block1,fc")
+LOW_RANK = ("--factorize", "lowrank", "--budget", 0.3, "--skip", "fc")
 DECOMPOSED = ("--factorize", "tucker2", "--error", 0.6, "--skip", "block1,fc")
 
 
@@ -172,6 +174,7 @@ DECOMPOSED = ("--factorize", "tucker2", "--error", 0.6, "--skip", "block1,fc")
         ),
         (TENSOR, "tucker2budget0.3-sgd", "tucker2 of budget 0.3: 2 of 4 layers"),
         (DECOMPOSED, "tucker2error0.6-sgd", "tucker2 of error 0.6: 2 of 4 layers"),
+        (LOW_RANK, "lowrankbudget0.3-sgd", "lowrank of budget 0.3: 2 of 4 layers"),
     ],
 )
 def test_every_kind_trains_resumes_and_is_inspected(tmp_path, arguments, folder, said):
@@ -209,6 +212,18 @@ def test_layers_of_a_budget_start_afresh_and_those_of_an_error_are_decomposed():
         target = dense.block2[0].weight
         error = (model.block2[0].weight - target).norm() / target.norm()
         assert (error <= 0.6 + 1e-5) == near
+
+
+@pytest.mark.parametrize("size", [{"rank": 4}, {"budget": 0.3}, {"energy": 0.4}])
+def test_low_rank_layers_start_as_the_function_of_the_layer(size):
+    torch.manual_seed(0)
+    dense = cnn.digitsnet()
+    model = copy.deepcopy(dense)
+    options = {"factorize": "lowrank", "spectrum": None, "form": None, "skip": "fc", **size}
+    Factorization.of(fill_in(options)).apply(model)
+    layer, target = model.block2[0], dense.block2[0]
+    expected = low_rank_layer(target, layer.rank, method="relu")
+    assert torch.equal(layer.left, expected.left) and torch.equal(layer.right, expected.right)
 
 
 def test_oblique_factors_stay_unit_vectors():
@@ -259,12 +274,18 @@ def test_options_of_before_there_were_budgets():
         (["--rank", "8"], "--rank given without --factorize svdp or sttp"),
         (["--budget", "0.1"], "--budget given without --factorize"),
         (["--form", "stiefel", "--skip", "fc"], "--form and --skip given without --factorize svdp or sttp"),
-        (["--factorize", "svd", "--rank", "8"], "--factorize must be one of svdp, sttp, canonical, cp, tucker2"),
+        (
+            ["--factorize", "svd", "--rank", "8"],
+            "--factorize must be one of svdp, sttp, canonical, lowrank, cp, tucker2",
+        ),
         (["--factorize", "cp"], "--factorize cp needs one of --rank, --budget and --error, got none"),
         (
             ["--factorize", "cp", "--rank", "8", "--error", "0.1"],
             "needs one of --rank, --budget and --error, got --rank",
         ),
+        (["--factorize", "lowrank"], "needs one of --rank, --budget and --energy, got none"),
+        (["--factorize", "lowrank", "--error", "0.1"], "--error means nothing for --factorize lowrank"),
+        (["--factorize", "cp", "--energy", "0.1"], "--energy means nothing for --factorize cp"),
         (["--factorize", "cp", "--rank", "8", "--form", "oblique"], "--form means nothing for --factorize cp"),
         (["--factorize", "canonical", "--rank", "8", "--spectrum", "free"], "--spectrum means nothing for --factorize"),
         (["--factorize", "canonical", "--rank", "8", "--form", "stiefel"], "--form must be one of euclidean, oblique"),

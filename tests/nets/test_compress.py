@@ -129,7 +129,7 @@ def test_transformer_layer(training):
 @pytest.mark.parametrize(
     ("error", "arguments", "message"),
     [
-        (ValueError, {"kind": "svd"}, "kind must be one of svdp, sttp, canonical, cp, .*, got 'svd'"),
+        (ValueError, {"kind": "svd"}, "kind must be one of svdp, sttp, canonical, lowrank, cp, .*, got 'svd'"),
         (ValueError, {"rank": None}, "rank must be given for kind 'svdp', got none"),
         (ValueError, {"error": 0.1}, "kind 'svdp' takes no error: it takes rank, spectrum, form, execution, init"),
         (ValueError, {"spectrum": "flat"}, "^spectrum must be one of"),

@@ -123,7 +123,7 @@ def test_random_start_is_kaimings_and_takes_its_options():
 @pytest.mark.parametrize(
     ("error", "arguments", "message"),
     [
-        (ValueError, {"kind": "kruskal"}, "kind must be one of svdp, sttp, canonical, cp, .*, got 'kruskal'"),
+        (ValueError, {"kind": "kruskal"}, "kind must be one of svdp, sttp, canonical, lowrank, cp, .*, got 'kruskal'"),
         (ValueError, {"rank": None}, "exactly one of rank, budget, error must be given for kind 'cp', got none"),
         (ValueError, {"budget": 0.1}, "exactly one of rank, budget, error .*, got rank and budget"),
         (

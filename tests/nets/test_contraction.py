@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retract.nets.layers import _contraction_path as path
 from retract.nets.layers import _contraction_steps as steps
-from retract.nets.layers._contraction import Contraction, padding_amounts
+from retract.nets.layers._contraction import Contraction
 from retract.nets.layers._contraction_operands import operands
+from retract.nets.layers._convolution_geometry import padding_amounts
 from retract.nets.layers.tensor_formats import FORMATS, tensor_network
 from retract.nets.layers.tensor_network import TensorNetwork
 
