@@ -30,6 +30,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("demo", ".demo", "demo_command", "SGD and PSISGD, each from two initializations of one network."),
     Command("train", ".train", "train_command", "Train a network, or resume a run."),
+    Command("gan", ".gan_train", "gan_command", "Train a GAN whose discriminator keeps its spectrum, or resume a run."),
     Command("inspect", ".inspect", "inspect_command", "Which weights of a network are scale-invariant, and how."),
 )
 BENCHMARKS = (
@@ -46,6 +47,7 @@ BENCHMARKS = (
         "tensor", ".tensor_speed", "tensor_command", "Time tensorial and canonical layers, against tensorly-torch."
     ),
     Command("canonical", ".canonical", "canonical_command", "Train canonical networks, cut their terms, fine-tune."),
+    Command("lowrank", ".lowrank", "lowrank_command", "Compare starts of low-rank layers, alone and in training."),
     Command("digits", ".digits", "digits_command", "Tune and compare all optimizers on 8x8 digits."),
 )
 

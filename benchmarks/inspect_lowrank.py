@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import typer
 from torch import nn
 
 from retract.nets._observation import observe
+from retract.nets._text_table import text_table
 from retract.nets.compress import factorize
 from retract.nets.init.function_error import function_error
 from retract.nets.layers.low_rank import LowRankLayer, low_rank_layer
@@ -131,14 +132,11 @@ def _table(rows: list[LowRankRow]) -> str:
         ]
         for row in rows
     ]
-    columns = (_aligned(column, index < _TEXT) for index, column in enumerate(zip(header, *cells, strict=True)))
-    lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
-    lines.insert(1, "-" * max(map(len, lines)))
     stored, whole = sum(row.parameters for row in rows), sum(row.dense_parameters for row in rows)
     total = (
         f"{len(rows)} layers: {stored:,} parameters for {whole:,} ({100 * stored / whole:.1f} %); others stay dense."
     )
-    return "\n".join((*lines, total, *_NOTES))
+    return "\n".join((*text_table([header, *cells], _TEXT), total, *_NOTES))
 
 
 _TEXT = 3  # columns of text, on the left
@@ -146,8 +144,3 @@ _NOTES = (
     "Columns from spectral on: relative error of the layer's function, its rectifier included, for inputs N(0, I).",
     "A BatchNorm that follows removes the lengths of filters: spectral, scaled and relu are one function before it.",
 )
-
-
-def _aligned(cells: Sequence[str], left: bool) -> list[str]:
-    width = max(map(len, cells))
-    return [cell.ljust(width) if left else cell.rjust(width) for cell in cells]

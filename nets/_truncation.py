@@ -16,6 +16,7 @@ from retract.manifolds.cp_truncation import refit
 
 from ._canonical_layers import CanonicalLayer, canonical_layers, ranks_by_error, ranks_by_name, ranks_by_ratio
 from ._canonical_pressure import canonical_penalty, shrink_terms_
+from ._text_table import text_table
 from .parametrizations.canonical import canonical_weight, put_terms
 
 __all__ = ["LayerTruncation", "Truncation", "canonical_penalty", "shrink_terms_", "truncate"]
@@ -71,10 +72,7 @@ class Truncation(Generic[Model]):
             *(_cells(layer) for layer in self.layers),
             ("together", "", "", f"{self.error:.4f}", f"{before:,}", f"{after:,}"),
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join(lines)
+        return "\n".join(text_table(rows, 1))
 
     def __str__(self) -> str:
         return self.table

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ._layer_summary import LayerSummary, layer_summary
 from ._layers import note_of, obstacles, weight_layers
+from ._text_table import text_table
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -138,12 +139,4 @@ def _figure(value: float | None) -> str:
 def _table(layers: Sequence[LayerSummary]) -> list[str]:
     """Lines of the table: columns that no layer of the model fills are left out."""
     columns = [[header, *map(text, layers)] for header, text, always in _COLUMNS if always or any(map(text, layers))]
-    rows = zip(*(_aligned(cells, index < _TEXT) for index, cells in enumerate(columns)), strict=True)
-    lines = ["  ".join(row).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return lines
-
-
-def _aligned(cells: Sequence[str], left: bool) -> list[str]:
-    width = max(map(len, cells))
-    return [cell.ljust(width) if left else cell.rjust(width) for cell in cells]
+    return text_table(list(zip(*columns, strict=True)), _TEXT)

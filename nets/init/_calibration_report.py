@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from retract.nets._text_table import text_table
+
 __all__ = ["CalibratedLayer", "Calibration"]
 
 
@@ -41,17 +43,7 @@ class Calibration:
 
     def __str__(self) -> str:
         header = ("layer", "followed by", "rank", "rows", "error", "was", "energy", "was")
-        table = [header, *(_cells(layer) for layer in self.layers)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place < 2 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ).rstrip()
-            for cells in table
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join(lines)
+        return "\n".join(text_table([header, *(_cells(layer) for layer in self.layers)], 2))
 
 
 def _cells(layer: CalibratedLayer) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from retract.nets._probe import float_tensors
+from retract.nets._text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,15 +77,8 @@ class VarianceReport:
         for name in Means._fields:
             forward, backward = (_figure(getattr(means, name)) for means in (self.forward, self.backward))
             rows.append((f"{name} mean", "", "", forward, "", backward))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i > 1 else cell.ljust(width) for i, (cell, width) in enumerate(pairs)
-            ).rstrip()
-            for pairs in (zip(row, widths, strict=True) for row in rows)
-        ]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1 : len(rows) - 2], rule, *lines[-2:]])
+        header, rule, *lines = text_table(rows, 2)
+        return "\n".join([header, rule, *lines[:-2], rule, *lines[-2:]])
 
     def plot(self, target: str | Path | Axes) -> Axes:
         """Draw both ratios against the layers, on a logarithmic scale, with the window shaded.
