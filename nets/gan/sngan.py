@@ -1,7 +1,7 @@
 """Residual generator and discriminator of spectrally normalized GANs (Miyato et al., ICLR 2018), unconditional.
 
 The networks are plain: no spectral normalization is built in. A constraint is put on the discriminator from
-outside, by `retract.nets.factorize` or `torch.nn.utils.parametrizations.spectral_norm`.
+outside, by `retract.nets.gan.constrain` or `retract.nets.factorize`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._base import GANModel, check_positive
 
 __all__ = ["SNGANDiscriminator", "SNGANGenerator"]
 
@@ -74,7 +76,7 @@ class FirstDiscriminatorBlock(nn.Module):
         return total
 
 
-class SNGANGenerator(nn.Module):
+class SNGANGenerator(GANModel):
     """Residual generator: a linear layer to 4x4 (6x6) maps, three blocks that double them, BatchNorm, ReLU, 3x3, tanh.
 
     Weights are initialised by Glorot's uniform rule, with gain sqrt(2) on the residual branches; biases are zero.
@@ -108,7 +110,7 @@ class SNGANGenerator(nn.Module):
         return F.tanh(self.conv(F.relu(self.bn(self.blocks(x)))))
 
 
-class SNGANDiscriminator(nn.Module):
+class SNGANDiscriminator(GANModel):
     """Residual discriminator: blocks without normalisation, ReLU, sum over positions, a linear layer without bias.
 
     At size 32 four blocks of equal width, of which the first two halve the map; at size 48 five blocks that double the
@@ -161,6 +163,4 @@ def _check(size: int, width: int | None, divisor: int, **positive: int) -> None:
     if width is not None and (width < 1 or width % divisor):
         allowed = "positive" if divisor == 1 else f"a positive multiple of {divisor} at size {size}"
         raise ValueError(f"width must be {allowed}, got {width!r}")
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value!r}")
+    check_positive(**positive)
