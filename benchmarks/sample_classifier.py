@@ -123,7 +123,8 @@ def _train(recipe: Recipe, data: Dataset, device: str | torch.device) -> dict[st
         device=device,
         test_every=recipe.epochs,
     )
-    trainer.fit()
+    with torch.enable_grad():  # the caller may be measuring, without gradients
+        trainer.fit()
     accuracy = trainer.evaluate()[1]
     return {"network": {name: tensor.cpu() for name, tensor in network.state_dict().items()}, "accuracy": accuracy}
 
