@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import torch
 
@@ -36,7 +36,14 @@ class TrainingCell:
         return cls(**{field.name: record[field.name] for field in fields(cls)})  # type: ignore[arg-type]  # a dataclass
 
 
-def open_cell(folder: Path, cell: DataclassInstance, trainer: Trainer) -> Run:
+class Resumable(Protocol):
+    """A trainer of any kind."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a checkpoint."""
+
+
+def open_cell(folder: Path, cell: DataclassInstance, trainer: Resumable) -> Run:
     """The folder of a cell's own in that of its grid, and the trainer at its last checkpoint if it was begun before."""
     name: str = cell.name  # type: ignore[attr-defined]
     run = Run.open_or_create(folder / "cells" / name, asdict(cell))

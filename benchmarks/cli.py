@@ -48,6 +48,7 @@ BENCHMARKS = (
     ),
     Command("canonical", ".canonical", "canonical_command", "Train canonical networks, cut their terms, fine-tune."),
     Command("lowrank", ".lowrank", "lowrank_command", "Compare starts of low-rank layers, alone and in training."),
+    Command("gan", ".gan_bench", "gan_benchmark_command", "Train GANs under constraints on the discriminator."),
     Command("digits", ".digits", "digits_command", "Tune and compare all optimizers on 8x8 digits."),
 )
 

@@ -22,10 +22,18 @@ from .inception_metrics import require_inception
 from .runs import Run
 from .sample_metrics import FEWEST
 
-__all__ = ["FOLDER", "GANConfig", "build_gan", "default_folder", "load_data", "read_config", "resolve"]
+__all__ = [
+    "FOLDER",
+    "GANConfig",
+    "build_gan",
+    "default_folder",
+    "default_network",
+    "load_data",
+    "read_config",
+    "resolve",
+]
 
 FOLDER = "folder"
-NETWORKS = {"digits": "digits", "mnist": "dcgan28"}  # the others: dcgan32
 AVERAGED = 10  # the average of the generator goes over a tenth of a short run
 FORMS = ("householder", "stiefel")
 
@@ -76,7 +84,7 @@ def resolve(options: Mapping[str, Any]) -> GANConfig:
         "form": FORMS,
     }
     defaults = {
-        "network": NETWORKS.get(chosen["data"], "dcgan32"),
+        "network": default_network(chosen["data"]),
         "ema": min(0.999, max(0.0, 1 - AVERAGED / chosen["steps"])),
         "samples_every": max(chosen["log_every"], chosen["steps"] // 10),
         "threads": torch.get_num_threads(),
@@ -104,6 +112,11 @@ def resolve(options: Mapping[str, Any]) -> GANConfig:
         every = f"{chosen['samples_every']} and {chosen['log_every']}"
         raise ValueError(f"--samples-every must be a multiple of --log-every, got {every}")
     return GANConfig(**chosen)
+
+
+def default_network(data: str) -> str:
+    """The pair for images of a data set."""
+    return {"digits": "digits", "mnist": "dcgan28"}.get(data, "dcgan32")
 
 
 def read_config(run: Run, moved: Mapping[str, Any]) -> GANConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ def data_statistics(data: Dataset, classifier: FeatureClassifier, split: str = "
         ValueError: an unknown split, or one with fewer than 2 images.
     """
     split_of(data, split)  # an unknown one is an error before it is looked for in the cache
-    key = content_hash("statistics", VERSION, split, classifier.hash, data_hash(data))
+    kept = repr([field.name for field in fields(DataStatistics)])
+    key = content_hash("statistics", VERSION, kept, split, classifier.hash, data_hash(data))
     saved = load_or_compute("statistics", key, lambda: _compute(data, classifier, split))
     return DataStatistics(**saved)
 
