@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .canonical_cell import METHODS, OPTIMIZER, STAGES, VALIDATED, VALIDATION, WARMUP, Cell, Settings
 from .cells import mean_losses
+from .paired_statistics import paired_difference
 from .provenance import provenance
 from .report import SERIES, Figure, Section, Table, figure_style, write_report
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
-__all__ = ["paired_difference", "tables", "write_canonical_report"]
+__all__ = ["tables", "write_canonical_report"]
 
 Results = dict[Cell, dict[str, Any]]
 Group = tuple[
@@ -42,21 +43,6 @@ def tables(results: Results) -> list[Table]:
         _rates(results, "tuning", "Loss on the validation split; –: diverged, or not tried yet."),
         _rates(results, "fine-tuning", "The same, of fine-tuning what is left."),
     ]
-
-
-def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple[float, float, float] | None:
-    """Mean of a less b over the seeds that both have, and the ends of its 95 % interval by Student's t.
-
-    None without two such seeds.
-    """
-    from scipy.stats import t as students_t
-
-    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    if len(differences) < 2:
-        return None
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    half = float(students_t.ppf(0.975, len(differences) - 1)) * error
-    return mean, mean - half, mean + half
 
 
 # ------------------------------------------------------------------------------------------------------ the tables

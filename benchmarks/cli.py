@@ -30,7 +30,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("demo", ".demo", "demo_command", "SGD and PSISGD, each from two initializations of one network."),
     Command("train", ".train", "train_command", "Train a network, or resume a run."),
-    Command("gan", ".gan_train", "gan_command", "Train a GAN whose discriminator keeps its spectrum, or resume a run."),
+    Command("gan", ".gan.command", "gan_command", "Train a GAN under a constraint on spectra, or resume a run."),
     Command("inspect", ".inspect", "inspect_command", "Which weights of a network are scale-invariant, and how."),
 )
 BENCHMARKS = (
@@ -48,7 +48,13 @@ BENCHMARKS = (
     ),
     Command("canonical", ".canonical", "canonical_command", "Train canonical networks, cut their terms, fine-tune."),
     Command("lowrank", ".lowrank", "lowrank_command", "Compare starts of low-rank layers, alone and in training."),
-    Command("gan", ".gan_bench", "gan_benchmark_command", "Train GANs under constraints on the discriminator."),
+    Command("gan", ".gan.benchmark", "gan_benchmark_command", "Train GANs under constraints on the discriminator."),
+    Command(
+        "convergence",
+        ".convergence.command",
+        "convergence_command",
+        "Which optimizer gets there first; rates, robustness.",
+    ),
     Command("digits", ".digits", "digits_command", "Tune and compare all optimizers on 8x8 digits."),
 )
 

@@ -12,7 +12,7 @@ from .lowrank_cell import CALIBRATION, MOMENTUM, VALIDATION, WIDTHS, Settings
 from .lowrank_compression import DECAY, FINE_TUNING_EPOCHS, RATE, TEST_IMAGES
 from .lowrank_errors import INITIALIZATIONS, PROBLEMS
 from .lowrank_runs_report import compression_tables, fraction, training_tables
-from .lowrank_statistics import mean_and_error
+from .paired_statistics import mean_and_error
 from .provenance import provenance
 from .report import Section, Table, write_report
 

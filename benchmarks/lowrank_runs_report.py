@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .cells import mean_losses
 from .lowrank_cell import FULL_RANK, LOOKS, METHODS, NETWORKS, WINDOW, Cell
 from .lowrank_compression import INITIALIZATIONS, Compression
-from .lowrank_statistics import Comparison, compare, mean_and_error
+from .paired_statistics import Comparison, compare, mean_and_error
 from .report import Table
 
 __all__ = ["BASELINE", "compression_tables", "fraction", "training_tables"]

@@ -23,6 +23,7 @@ __all__ = ["OPTIMIZERS", "Choice", "build"]
 
 Groups = list[dict[str, Any]]
 
+PEERS = "retract.benchmarks.peer_optimizers"
 TENSOR_LAYERS = (TensorConv1d, TensorConv2d, TensorConv3d, TensorLinear)
 
 
@@ -33,7 +34,7 @@ class Choice:
 
     ``manifold`` says what its scale-invariant weights are to it: "psi" (their group carries the manifold),
     "any" (the same, and it moves points of every other manifold too), "sphere" (each filter is a unit vector),
-    or None (weights like all others).
+    "matrix" (weights that it steps otherwise than all others, on no manifold), or None (weights like all others).
     """
 
     module: str
@@ -58,7 +59,7 @@ def _nesterov(momentum: float, weight_decay: float) -> dict[str, Any]:
 
 def _plain(momentum: float, weight_decay: float) -> dict[str, Any]:
     if weight_decay:
-        raise ValueError(f"psigd has no weight decay, got {weight_decay}")
+        raise ValueError(f"psigd and riemannian-gd have no weight decay, got {weight_decay}")
     return {}
 
 
@@ -70,9 +71,16 @@ OPTIMIZERS: dict[str, Choice] = {
     "sgd": Choice("torch.optim", "SGD", "SGD with momentum", 0.1, _sgd_like),
     "nesterov": Choice("torch.optim", "SGD", "SGD with Nesterov momentum", 0.1, _nesterov),
     "adamw": Choice("torch.optim", "AdamW", "Adam with decoupled decay", 1e-3, _adam_like),
+    "adam": Choice("torch.optim", "Adam", "Adam", 1e-3, _adam_like),
+    "muon": Choice(PEERS, "MuonAdamW", "orthogonalised momentum; AdamW for the rest", 0.02, _sgd_like, "matrix"),
     "sgdp": Choice("adamp", "SGDP", "SGD without radial steps", 0.1, _sgd_like),
     "adamp": Choice("adamp", "AdamP", "AdamW without radial steps", 1e-3, _adam_like),
     "geoopt-sphere": Choice("geoopt.optim", "RiemannianSGD", "geoopt, filters of unit norm", 0.1, _sgd_like, "sphere"),
+    "geoopt-sphere-adam": Choice(
+        "geoopt.optim", "RiemannianAdam", "geoopt's Adam, filters of unit norm", 1e-2, _adam_like, "sphere"
+    ),
+    "unit-norm": Choice(PEERS, "UnitNormSGD", "SGD, filters put back to unit norm", 0.1, _sgd_like, "psi"),
+    "sgd-g": Choice(PEERS, "SGDG", "SGD on great circles, gradients clipped", 0.2, _sgd_like, "psi"),
     "psisgd": Choice("retract.optim", "PSISGD", "SGD on PSI weights", 0.1, _sgd_like, "psi"),
     "psigd": Choice("retract.optim", "PSIGD", "the same without momentum", 1.0, _plain, "psi"),
     "psiangular": Choice(
@@ -80,6 +88,7 @@ OPTIMIZERS: dict[str, Choice] = {
     ),
     "psiadam": Choice("retract.optim", "PSIAdam", "one second moment per filter", 0.1, _filter_adam, "psi"),
     "riemannian-sgd": Choice("retract.optim", "RiemannianSGD", "SGD on any manifold", 0.1, _sgd_like, "any"),
+    "riemannian-gd": Choice("retract.optim", "RiemannianGD", "the same without momentum", 1.0, _plain, "any"),
 }
 
 
@@ -105,7 +114,7 @@ def build(
             ``manifold_groups()`` or with factored layers.
         lr: learning rate; None for the optimizer's own default.
         momentum: of the methods that have one; the first beta of the Adam family.
-        weight_decay: of all weights, for a Euclidean method. A method on a manifold gets it for the other
+        weight_decay: of all weights, for a Euclidean method and for muon. A method on a manifold gets it for the other
             weights alone, since on the manifold decay changes nothing. Householder coordinates get it like other
             weights: it keeps their reflectors short, and with them the chart well conditioned.
         euclidean_lr: learning rate of the weights that are not scale-invariant; in a model with spectral, canonical
@@ -133,13 +142,13 @@ def build(
     if euclidean_lr is not None:
         for group in others:
             group["lr"] = euclidean_lr
-    if choice.manifold is not None and weight_decay:
+    if choice.manifold not in (None, "matrix") and weight_decay:
         for group in tuned:
             group["weight_decay"] = 0.0
     if choice.manifold == "sphere":
         _put_on_spheres(tuned)
     groups = tuned + others
-    if choice.manifold not in ("psi", "any"):
+    if choice.manifold in (None, "sphere"):
         groups = [_euclidean(group) for group in groups]
     optimizer_class = getattr(import_module(choice.module), choice.name)
     optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=lr, **choice.arguments(momentum, weight_decay))
@@ -173,7 +182,7 @@ def _factored_weights(model: nn.Module) -> set[int]:
 def _factored(name: str, model: nn.Module, factored: set[int]) -> tuple[Groups, Groups]:
     """(groups of the weights of factored layers, with manifolds where they have one; the group of all others)."""
     moves = OPTIMIZERS[name].manifold
-    if moves in ("psi", "sphere"):
+    if moves in ("psi", "sphere", "matrix"):
         raise ValueError(
             f"{name} turns scale-invariant filters, and factored layers have none: use sgd or riemannian-sgd"
         )

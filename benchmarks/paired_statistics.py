@@ -1,4 +1,4 @@
-"""Comparisons of methods seed by seed, many at a time."""
+"""Comparisons of methods seed by seed, one or many at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Comparison", "compare", "holm", "mean_and_error"]
+__all__ = ["Comparison", "compare", "holm", "mean_and_error", "paired_difference"]
 
 LEVEL = 0.05
 ROUNDING = 1e-12
@@ -48,6 +48,18 @@ def compare(family: Mapping[Key, tuple[Mapping[int, float], Mapping[int, float]]
         key: Comparison(statistics.mean(values), tests[key][0], p)
         for (key, values), p in zip(differences.items(), corrected, strict=True)
     }
+
+
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float, float] | None:
+    """Mean of a less b over the seeds that both have, and the ends of its 95 % interval by Student's t.
+
+    None without two such seeds.
+    """
+    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    if len(differences) < 2:
+        return None
+    mean, (half, _) = statistics.mean(differences), _t_test(differences)
+    return mean, mean - half, mean + half
 
 
 def _t_test(differences: Sequence[float]) -> tuple[float, float]:

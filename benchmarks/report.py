@@ -35,7 +35,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below a header; columns of numbers ("–" where there is none) are set flush right."""
+    """Rows of cells below a header; columns of numbers ("–", "diverged" or "never" where there is none) are set flush
+    right, and sorted as numbers where the page is read.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -48,8 +50,8 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """For each column, whether every cell starts as a number does."""
-        number = re.compile(r"[-+−<>≤≥ ]*\d|–$")
+        """For each column, whether every cell starts as a number does, or says that there is none."""
+        number = re.compile(r"[-+−<>≤≥ ]*\d|(–|diverged|never)$")
         columns = range(len(self.header))
         return [bool(self.rows) and all(number.match(row[i]) for row in self.rows) for i in columns]
 

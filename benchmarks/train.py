@@ -133,8 +133,9 @@ def train_command(
     optimizer: Annotated[
         str | None,
         typer.Option(
-            help="sgd, nesterov, adamw, sgdp, adamp, geoopt-sphere, psisgd, psigd, psiangular, psiadam or "
-            "riemannian-sgd. Default: psisgd; with --factorize sgd, in stiefel and oblique form riemannian-sgd.",
+            help="sgd, nesterov, adamw, adam, muon, sgdp, adamp, geoopt-sphere, geoopt-sphere-adam, unit-norm, sgd-g, "
+            "psisgd, psigd, psiangular, psiadam, riemannian-sgd or riemannian-gd. Default: psisgd; with --factorize "
+            "sgd, in stiefel and oblique form riemannian-sgd.",
             metavar="NAME",
             **METHOD,
         ),
@@ -144,7 +145,8 @@ def train_command(
         typer.Option(
             help="Highest learning rate. On scale-invariant weights of psi* and geoopt-sphere an angle: "
             "radians per unit of gradient at unit norm; psiangular: radians per step. "
-            "Default: 0.1; adamw, adamp 0.001; psigd 1; psiangular 0.015.",
+            "Default: 0.1; adam, adamw, adamp 0.001; geoopt-sphere-adam 0.01; muon 0.02; sgd-g 0.2; psigd, "
+            "riemannian-gd 1; psiangular 0.015.",
             metavar="X",
             **METHOD,
         ),

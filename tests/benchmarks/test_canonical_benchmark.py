@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 import typer
-from scipy.stats import t as students_t
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from typer.testing import CliRunner
@@ -372,16 +369,6 @@ def record(one, accuracy, parameters=1000, before=None):
         "steps_per_second": 2.0,
     }
     return found if before is None else {**found, "accuracy_before": before}
-
-
-def test_paired_difference():
-    """Student's interval of the differences, by its formula."""
-    a, b = {0: 99.1, 1: 99.3, 2: 99.0, 7: 5.0}, {2: 99.1, 0: 98.9, 1: 99.2}
-    differences = [a[seed] - b[seed] for seed in range(3)]
-    half = students_t.ppf(0.975, 2) * statistics.stdev(differences) / math.sqrt(3)
-    mean = statistics.mean(differences)
-    assert canonical_report.paired_difference(a, b) == pytest.approx((mean, mean - half, mean + half), rel=1e-12)
-    assert canonical_report.paired_difference({0: 1.0}, {0: 2.0}) is None
 
 
 def test_tables_and_plot_of_unfinished_and_diverged_runs(tmp_path):

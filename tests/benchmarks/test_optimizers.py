@@ -10,9 +10,10 @@ from retract.benchmarks.optimizers import OPTIMIZERS, build
 from retract.manifolds import PSI
 from retract.nets.cnn import digitsnet, mnist_convnet
 
-RIEMANNIAN = [name for name, choice in OPTIMIZERS.items() if choice.manifold is not None]
-EUCLIDEAN = [name for name in OPTIMIZERS if name not in RIEMANNIAN]
-DECAYING = [name for name in OPTIMIZERS if name != "psigd"]
+RIEMANNIAN = [name for name, choice in OPTIMIZERS.items() if choice.manifold not in (None, "matrix")]
+EUCLIDEAN = [name for name, choice in OPTIMIZERS.items() if choice.manifold is None]
+DECAYING = [name for name in OPTIMIZERS if name not in ("psigd", "riemannian-gd")]
+OTHERS_RATES = {"psiangular": 0.3, "psiadam": 0.3, "muon": 3e-3}
 
 
 @pytest.fixture
@@ -90,8 +91,13 @@ def test_decay_of_a_euclidean_method_reaches_all(model, name):
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_the_default_rate(model, name):
     rates = {entry[:2] for entry in rate_and_decay(model, build(name, model))}
-    own = 0.3 if name in ("psiangular", "psiadam") else OPTIMIZERS[name].lr
+    own = OTHERS_RATES.get(name, OPTIMIZERS[name].lr)
     assert rates == {(True, OPTIMIZERS[name].lr), (False, own)}
+
+
+def test_rates_and_decay_of_muon(model):
+    optimizer = build("muon", model, lr=0.2, euclidean_lr=0.5, weight_decay=1e-3)
+    assert rate_and_decay(model, optimizer) == {(True, 0.2, 1e-3), (False, 0.5, 1e-3)}
 
 
 def test_sgd_is_torch_sgd(batch):
@@ -147,16 +153,19 @@ def test_weights_of_other_models_are_measured(batch):
         build("psisgd", model)
 
 
-@pytest.mark.parametrize("name", RIEMANNIAN)
+@pytest.mark.parametrize("name", [*RIEMANNIAN, "muon"])
 def test_a_model_without_invariant_weights_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} needs scale-invariant weights, and MnistConvNet has none"):
         build(name, mnist_convnet())
 
 
-def test_geoopt_sphere_refuses_other_scale_groups(batch):
+@pytest.mark.parametrize(
+    ("name", "known"), [("geoopt-sphere", "geoopt-sphere"), ("unit-norm", "UnitNormSGD"), ("sgd-g", "SGDG")]
+)
+def test_other_scale_groups_are_refused(batch, name, known):
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 10))
-    with pytest.raises(ValueError, match="geoopt-sphere knows one scale per filter"):
-        build("geoopt-sphere", model, batch[0])
+    with pytest.raises(ValueError, match=f"{known} knows one scale per filter"):
+        build(name, model, batch[0])
 
 
 @pytest.mark.parametrize("argument", ["lr", "momentum", "weight_decay", "euclidean_lr"])
@@ -170,5 +179,5 @@ def test_numbers_out_of_range(model, argument, value):
 def test_unknown_names_and_psigd_decay(model):
     with pytest.raises(ValueError, match=r"optimizer must be one of sgd, .*, got 'adagrad'"):
         build("adagrad", model)
-    with pytest.raises(ValueError, match="psigd has no weight decay"):
+    with pytest.raises(ValueError, match="psigd and riemannian-gd have no weight decay"):
         build("psigd", model, weight_decay=1e-4)

@@ -1,0 +1,277 @@
+"""`retract bench convergence`: which optimizer gets there first, how sure that is, and whether the theory's rate shows.
+
+Every protocol tunes every method first, then compares. All is kept in one store: the command can be stopped and goes
+on, and a cell that is finished is never computed again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from retract.nets.cnn import MODELS
+
+from ..experiment import DEFAULT_MODELS
+from ..grid import compute, finished
+from ..training import SCHEDULES
+from . import descent
+from .equivariance import equivariance_cells, run_equivariance
+from .methods import METHODS, STOCHASTIC, Setting, find_method
+from .networks import BASE
+from .robustness import map_cells
+from .store import DATABASE, Store
+from .training import TUNING_SEEDS, Cell, Settings, load_data, make_network, train_cell
+from .transfer import transfer_cells
+from .tuning import Trial, tune
+
+__all__ = ["MAIN", "PROTOCOLS", "Benchmark", "convergence_command"]
+
+THEORY = ("toy", "descent", "stochastic")
+PROTOCOLS = (*THEORY, "training", "robustness", "transfer")
+TRIALS = 36  # as many as a grid has
+MAIN = (
+    "SGD",
+    "AdamW",
+    "Muon",
+    "SGDP",
+    "geoopt RiemannianSGD (Sphere)",
+    "unit norm",
+    "PSISGD",
+    "PSIAngular",
+    "PSIAdam",
+)
+"""The methods of the protocols with most cells, robustness and transfer, where none are named."""
+
+
+# -------------------------------------------------------------------------------------------------- the protocols
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is compared, and how the cells are computed: ``options`` as of `.grid.compute`."""
+
+    store: Store
+    settings: Settings
+    methods: Sequence[str] | None  # None: each protocol's own
+    seeds: int
+    trials: int
+    options: Mapping[str, Any]
+
+    def run(self, protocols: Sequence[str]) -> bool:
+        """Compute the protocols one after the other.
+
+        Returns:
+            Whether all their cells are finished.
+        """
+        torch.set_num_threads(1)
+        torch.optim.SGD(
+            [torch.zeros(1)], lr=0.1
+        )  # torch imports its compiler at the first optimizer: workers inherit it
+        own = {"training": self._train, "robustness": self._map, "transfer": self._transfer}
+        return all(own[name]() if name in own else self._descend(name) for name in protocols)
+
+    def _compute(self, cells: Sequence[Any], work: Callable[..., dict[str, Any] | None]) -> bool:
+        return compute(self.store, cells, work, **self.options)  # type: ignore[arg-type]  # it logs and reads like a Run
+
+    def _descend(self, protocol: str) -> bool:
+        """What theorems speak of; methods that were named and that the protocol does not have are left out."""
+        known = descent.PROTOCOLS[protocol].methods
+        methods = [name for name in known if self.methods is None or name in self.methods]
+        work = descent.run_cell
+        if not self._compute(descent.tuning_cells(protocol, methods), work):
+            return False
+        final = descent.final_cells(protocol, self.store.metrics(), self.seeds, methods)
+        return self._compute(final + descent.theorem_cells(protocol, self.seeds, methods), work)
+
+    def _train(self) -> bool:
+        tuned = self._tune("training", self.settings.model, self.methods or list(STOCHASTIC))
+        return tuned is not None and self._compute(final_cells(self.settings, tuned, self.seeds), self._training)
+
+    def _map(self) -> bool:
+        tuned = self._tune("training", self.settings.model, self.methods or MAIN)
+        if tuned is None:
+            return False
+        return self._compute(
+            equivariance_cells(self.settings, tuned), partial(run_equivariance, self.settings)
+        ) and self._compute(map_cells(self.settings, tuned, self.seeds), self._training)
+
+    def _transfer(self) -> bool:
+        tuned = self._tune("transfer", BASE, self.methods or MAIN)
+        return tuned is not None and self._compute(transfer_cells(self.settings, tuned, self.seeds), self._training)
+
+    @property
+    def _training(self) -> Callable[..., dict[str, Any] | None]:
+        load_data(self.settings)  # before there are workers: they inherit it
+        return partial(train_cell, self.settings, self.store.folder)
+
+    def _tune(self, protocol: str, model: str, methods: Sequence[str]) -> dict[str, Setting] | None:
+        """The best setting of every method on the validation split; None if it was stopped first."""
+        found = {}
+        for method in methods:
+            losses = partial(self._losses, protocol, model, method)
+            tuned = tune(find_method(method).grid, losses, trials=self.trials, seeds=TUNING_SEEDS)
+            if tuned is None:
+                return None
+            found[method] = tuned.setting
+        return found
+
+    def _losses(self, protocol: str, model: str, method: str, trials: list[Trial]) -> dict[Trial, float] | None:
+        cells = {trial: tuning_cell(self.settings, protocol, model, method, trial) for trial in trials}
+        if not self._compute(list(cells.values()), self._training):
+            return None
+        records = finished(self.store, list(cells.values()))  # type: ignore[arg-type]  # it reads like a Run
+        losses = {trial: records[cell]["unseen_loss"] for trial, cell in cells.items()}
+        return {trial: math.inf if loss is None else loss for trial, loss in losses.items()}
+
+
+def tuning_cell(settings: Settings, protocol: str, model: str, method: str, trial: Trial) -> Cell:
+    """The run of a trial."""
+    setting, epochs = trial.setting, trial.epochs(settings.epochs)
+    rates = (setting.lr, setting.euclidean_lr, setting.weight_decay)
+    return Cell(protocol, method, settings.data, model, *rates, 1.0, trial.seed, "tuning", epochs)
+
+
+def final_cells(settings: Settings, tuned: Mapping[str, Setting], seeds: int) -> list[Cell]:
+    """Every method at its own setting, seed after seed: what is finished is comparable at any time."""
+    return [
+        Cell(
+            "training",
+            method,
+            settings.data,
+            settings.model,
+            setting.lr,
+            setting.euclidean_lr,
+            setting.weight_decay,
+            1.0,
+            seed,
+            "final",
+            settings.epochs,
+        )
+        for seed in range(seeds)
+        for method, setting in tuned.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def convergence_command(
+    protocols: Annotated[
+        str, typer.Option(help=f"Comma-separated, of: {', '.join(PROTOCOLS)}.", metavar="NAMES")
+    ] = ",".join(PROTOCOLS),
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help=f"Semicolon-separated, of: {'; '.join(METHODS)}. Default: each protocol's own.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME")] = "digits",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Network of the zoo. Default: one for the data.", metavar="NAME")
+    ] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
+    ] = None,
+    augment: Annotated[bool | None, typer.Option(help="Shift and mirror. Default: for cifar10.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of a training run.", metavar="N")] = 9,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 64,
+    schedule: Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.", metavar="NAME")] = "cosine",
+    warmup: Annotated[float, typer.Option(min=0, help="Epochs of linear warm-up.", metavar="X")] = 0.0,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Settings that each method is tuned over, by successive halving.", metavar="N")
+    ] = TRIALS,
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds of the comparisons.", metavar="N")] = 5,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Cells at a time, one thread each.", metavar="N")] = 2,
+    device: Annotated[str, typer.Option(help="To train on: cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
+    amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help=f"For report.html and {DATABASE}.")] = Path(
+        "runs/convergence"
+    ),
+) -> None:
+    """Compare optimizers: gradient norms beside the theorems' rates, training, robustness, transfer.
+
+    toy, descent, stochastic: gradient norms against iterations, on a toy regression and on digits. training: time and
+    epochs to accuracies. robustness: initial scales over six decades, learning rates over four. transfer: one learning
+    rate on other widths and depths. Each method has its learning rate of the scale-invariant weights, that of the
+    others and its decay tuned, all in the same number of trials, on a tenth of the training images held out.
+    "SGD, decay 5e-4" fixes the decay of a method. Ctrl-C stops, and the same command goes on.
+
+    For example:
+
+        retract bench convergence --protocols toy,descent,stochastic,robustness
+        retract bench convergence --protocols training --data cifar10 --subset 20000 --methods "SGD;PSISGD" --minutes 60
+    """
+    from rich.console import Console
+
+    from .report import write_convergence_report
+
+    console = Console()
+    chosen = _protocols(protocols)
+    names = None if methods is None else [name.strip() for name in methods.split(";")]
+    for name in names or ():
+        find_method(name)
+    settings = Settings(
+        data=data,
+        data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
+        subset=subset,
+        image_size=image_size,
+        augment=data == "cifar10" if augment is None else augment,
+        model=DEFAULT_MODELS.get(data, "") if model is None else model,
+        epochs=epochs,
+        batch_size=batch_size,
+        schedule=schedule,
+        warmup=warmup,
+        device=device,
+        amp=amp,
+    )
+    _check(settings, chosen)
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    store = Store.open_or_create(out, {**asdict(settings), "trials": trials})
+
+    def show(record: dict[str, Any]) -> None:
+        what = f"{record['protocol']}, {record['stage']}: {record['method']}, seed {record['seed']}"
+        console.print(f"{what}: {record['status']}  ({record['seconds']:.1f} s)", highlight=False)
+
+    options = {"processes": processes, "deadline": deadline, "on_record": show}
+    done = Benchmark(store, settings, names, seeds, trials, options).run(chosen)
+    facts = {"seeds": seeds, "trials": trials}
+    report = write_convergence_report(out, store, description=convergence_command.__doc__ or "", facts=facts)
+    if not done:
+        console.print("Stopped before the end: the same command goes on.")
+    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _check(settings: Settings, protocols: Sequence[str]) -> None:
+    """Raise for what cannot be trained, before there is a folder."""
+    if settings.schedule not in SCHEDULES:
+        raise ValueError(f"--schedule must be one of {', '.join(SCHEDULES)}, got {settings.schedule!r}")
+    if set(protocols) <= set(THEORY):
+        return
+    data = load_data(settings)
+    if settings.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {settings.model!r}")
+    make_network(settings.model, data)
+
+
+def _protocols(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in PROTOCOLS]:
+        raise ValueError(f"--protocols must be of {', '.join(PROTOCOLS)}, got {', '.join(unknown)}")
+    return names
