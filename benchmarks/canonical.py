@@ -24,6 +24,7 @@ import typer
 from .canonical_cell import METHODS, Cell, Settings, load_data, train_cell
 from .cells import lowest_rates, mean_losses
 from .grid import compute, finished
+from .grid_command import chosen_names, show_end
 from .runs import Run
 
 __all__ = ["MODELS", "RATES", "TUNED", "best_fine_tuning_rates", "best_rates", "canonical_command", "run_grid"]
@@ -199,7 +200,7 @@ def canonical_command(
     )
     if settings.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {settings.model!r}")
-    chosen = _methods(methods), _fractions(kept)
+    chosen = chosen_names("--methods", methods, METHODS), _fractions(kept)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     load_data(settings)  # what cannot be read is an error before there is a folder
     run = Run.open_or_create(out, asdict(settings))
@@ -212,18 +213,7 @@ def canonical_command(
     done = run_grid(run, settings, *chosen, seeds, scratch, **options)
     results = {Cell.of(record): record for record in run.metrics()}
     report = write_canonical_report(out / "report.html", results, settings)
-    for table in tables(results):
-        console.print(table.rich())
-    if not done:
-        console.print("Stopped before the end: the same command goes on.")
-    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _methods(text: str | None) -> list[str]:
-    names = list(METHODS) if text is None else [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
-    return names
+    show_end(console, tables(results), report, done=done)
 
 
 def _fractions(text: str) -> list[float]:

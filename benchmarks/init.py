@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -23,6 +22,7 @@ from retract.nets.layers.tensor_formats import FORMATS
 
 from .cells import mean_losses
 from .grid import compute, finished
+from .grid_command import chosen_names, show_end
 from .init_cell import Cell, Settings, load_data, train_cell
 from .init_depth import measure, measurements
 from .init_methods import TRAINED, knows
@@ -141,7 +141,7 @@ def init_command(
     settings = Settings(
         data, folder, subset, image_size, depth, channels, budget, epochs, tuning_epochs, batch_size, device
     )
-    chosen = _names("--parts", parts, PARTS), _names("--formats", formats, FORMATS)
+    chosen = chosen_names("--parts", parts, PARTS), chosen_names("--formats", formats, FORMATS)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     if "training" in chosen[0]:
         load_data(settings)  # what cannot be read is an error before there is a folder
@@ -155,15 +155,4 @@ def init_command(
     done = run_parts(run, settings, *chosen, seeds, processes=processes, deadline=deadline, on_record=show)
     found = tables(run.metrics())
     report = write_init_report(out / "report.html", run.metrics(), settings, init_command.__doc__ or "")
-    for table in found:
-        console.print(table.rich())
-    if not done:
-        console.print("Stopped before the end: the same command goes on.")
-    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _names(option: str, text: str, allowed: Iterable[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in allowed]:
-        raise ValueError(f"{option} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
-    return names
+    show_end(console, found, report, done=done)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -25,6 +24,7 @@ from retract.nets.cnn import MODELS
 from .cells import lowest_rates, mean_losses
 from .factorization import SPECTRA
 from .grid import compute, finished
+from .grid_command import chosen_names, show_end
 from .layers_cell import METHODS, Cell, Settings, load_data, train_cell
 from .layers_steps import steps_table
 from .runs import Run
@@ -138,9 +138,9 @@ def layers_command(
     settings = Settings(
         data, folder, subset, image_size, epochs, tuning_epochs, batch_size, rank, spectrum, device, amp
     )
-    chosen = _names("--models", models, MODELS), _names("--methods", methods or ",".join(METHODS), METHODS)
+    chosen = chosen_names("--models", models, MODELS), chosen_names("--methods", methods, METHODS)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    _names("--spectrum", spectrum, SPECTRA)
+    chosen_names("--spectrum", spectrum, SPECTRA)
     if steps:
         console.print(steps_table(settings, *chosen, seconds=STEPS_SECONDS).rich())
         return
@@ -154,15 +154,4 @@ def layers_command(
     done = run_grid(run, settings, *chosen, seeds, processes=processes, deadline=deadline, on_record=show)
     found = tables({Cell.of(record): record for record in run.metrics()})
     report = write_layers_report(out / "report.html", found, settings, layers_command.__doc__ or "")
-    for table in found:
-        console.print(table.rich())
-    if not done:
-        console.print("Stopped before the end: the same command goes on.")
-    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _names(option: str, text: str, allowed: Iterable[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in allowed]:
-        raise ValueError(f"{option} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
-    return names
+    show_end(console, found, report, done=done)

@@ -25,6 +25,7 @@ from retract.nets.cnn import MODELS
 from . import lowrank_cell, lowrank_compression
 from .cells import lowest_rates, mean_losses
 from .grid import compute, finished
+from .grid_command import chosen_names, show_end
 from .lowrank_cell import FULL_RANK, METHODS, NETWORKS, Cell, Settings, load_data
 from .lowrank_compression import BUDGETS, INITIALIZATIONS, Compression
 from .lowrank_errors import cost_cells, error_cells, measure_costs, measure_errors
@@ -183,8 +184,8 @@ def lowrank_command(
         device=device,
         amp=amp,
     )
-    chosen = _names("--parts", parts, PARTS)
-    _names("--model", model, MODELS)
+    chosen = chosen_names("--parts", parts, PARTS)
+    chosen_names("--model", model, MODELS)
     if chosen != ["errors"]:
         load_data(settings)  # what cannot be read is an error before there is a folder
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -198,15 +199,4 @@ def lowrank_command(
 
     done = run_parts(run, settings, chosen, seeds, processes=processes, deadline=deadline, on_record=show)
     report = write_lowrank_report(out / "report.html", run.metrics(), settings, lowrank_command.__doc__ or "")
-    for table in tables(run.metrics()):
-        console.print(table.rich())
-    if not done:
-        console.print("Stopped before the end: the same command goes on.")
-    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _names(option: str, text: str, allowed: Iterable[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in allowed]:
-        raise ValueError(f"{option} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
-    return names
+    show_end(console, tables(run.metrics()), report, done=done)

@@ -21,6 +21,7 @@ from retract.nets.cnn import MODELS
 
 from ..experiment import DEFAULT_MODELS
 from ..grid import compute, finished
+from ..grid_command import show_end
 from ..training import SCHEDULES
 from . import descent
 from .equivariance import equivariance_cells, run_equivariance
@@ -253,9 +254,7 @@ def convergence_command(
     done = Benchmark(store, settings, names, seeds, trials, options).run(chosen)
     facts = {"seeds": seeds, "trials": trials}
     report = write_convergence_report(out, store, description=convergence_command.__doc__ or "", facts=facts)
-    if not done:
-        console.print("Stopped before the end: the same command goes on.")
-    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
+    show_end(console, [], report, done=done)
 
 
 def _check(settings: Settings, protocols: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from retract.nets.gan.networks import GANS
 
 from ..cells import mean_losses
 from ..grid import compute, finished
+from ..grid_command import chosen_names, show_end
 from ..runs import Run
 from ..samples.classifier import feature_classifier
 from ..samples.statistics import data_statistics
@@ -142,7 +143,7 @@ def gan_benchmark_command(
     from .benchmark_report import tables, write_gan_benchmark_report
     from .steps import show_step_times
 
-    chosen = _methods(methods)
+    chosen = chosen_names("--methods", methods, METHODS)
     if step_times:
         show_step_times(chosen, seconds)
         return
@@ -180,15 +181,4 @@ def gan_benchmark_command(
     done = run_grid(run, settings, chosen, seeds, processes=processes, deadline=deadline, on_record=show)
     results = {Cell.of(record): record for record in run.metrics()}
     report = write_gan_benchmark_report(out / "report.html", results, settings, out)
-    for table in tables(results):
-        console.print(table.rich())
-    if not done:
-        console.print("Stopped before the end: the same command goes on.")
-    console.print(f"Report: {report.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _methods(text: str | None) -> list[str]:
-    names = list(METHODS) if text is None else [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"--methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
-    return names
+    show_end(console, tables(results), report, done=done)
