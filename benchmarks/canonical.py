@@ -31,7 +31,7 @@ __all__ = ["MODELS", "RATES", "TUNED", "best_fine_tuning_rates", "best_rates", "
 
 MODELS = ("mnist_convnet", "cifar_alexnet")
 RATES = (3e-4, 1e-3, 3e-3)
-FINE_TUNING_RATES = (1e-3, 3e-3, 1e-2)
+FINE_TUNING_FACTORS = (1 / 3, 1.0, 10 / 3)  # of the rate at which a network was trained
 FINE_TUNED = 0.5  # the fraction of the terms for which one of them is chosen
 TUNING_SEED = 1000
 KEPT = "0.75,0.5,0.25,0.1"
@@ -74,10 +74,10 @@ def tuning_cells(methods: list[str]) -> list[Cell]:
 def fine_tuning_cells(rates: dict[str, float]) -> list[Cell]:
     """Every method that is cut and has a rate of its own, cut by ratio, at every rate of fine-tuning."""
     return [
-        Cell(method, lr, TUNING_SEED, "fine-tuning", FINE_TUNED, "ratio", fine)
+        Cell(method, lr, TUNING_SEED, "fine-tuning", FINE_TUNED, "ratio", float(f"{factor * lr:.3g}"))
         for method, lr in rates.items()
         if METHODS[method].cuts and method not in TUNED
-        for fine in FINE_TUNING_RATES
+        for factor in FINE_TUNING_FACTORS
     ]
 
 

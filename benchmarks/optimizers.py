@@ -77,7 +77,7 @@ OPTIMIZERS: dict[str, Choice] = {
     "adamp": Choice("adamp", "AdamP", "AdamW without radial steps", 1e-3, _adam_like),
     "geoopt-sphere": Choice("geoopt.optim", "RiemannianSGD", "geoopt, filters of unit norm", 0.1, _sgd_like, "sphere"),
     "geoopt-sphere-adam": Choice(
-        "geoopt.optim", "RiemannianAdam", "geoopt's Adam, filters of unit norm", 1e-2, _adam_like, "sphere"
+        PEERS, "RiemannianAdam", "geoopt's Adam, filters of unit norm", 1e-2, _adam_like, "sphere"
     ),
     "unit-norm": Choice(PEERS, "UnitNormSGD", "SGD, filters put back to unit norm", 0.1, _sgd_like, "psi"),
     "sgd-g": Choice(PEERS, "SGDG", "SGD on great circles, gradients clipped", 0.2, _sgd_like, "psi"),

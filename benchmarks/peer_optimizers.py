@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import geoopt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,10 +13,22 @@ from torch.nn import functional as F
 from retract.manifolds import PSI, Oblique
 from retract.optim import RiemannianSGD
 
-__all__ = ["SGDG", "GreatCircles", "MuonAdamW", "UnitNormSGD"]
+__all__ = ["SGDG", "GreatCircles", "MuonAdamW", "RiemannianAdam", "UnitNormSGD"]
 
 Groups = list[dict[str, Any]]
 Closure = Callable[[], float] | None
+
+
+class RiemannianAdam(geoopt.optim.RiemannianAdam):  # type: ignore[misc]  # geoopt has no annotations
+    """geoopt's, which goes on to the bit when its state is loaded.
+
+    It counts steps in integers; torch's Adam, which it derives from, makes single-precision tensors of those it loads.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for known in self.state.values():
+            known["step"] = int(known["step"])
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -263,7 +263,8 @@ def test_the_rate_of_fine_tuning_is_chosen_in_the_same_way():
     assert {one.parent for one in cells} == {cell("canonical", "tuning", lr=0.2, seed=canonical.TUNING_SEED)}
     tuned = {one: {"unseen_loss": loss} for one, loss in zip(cells, (0.3, 0.1, None), strict=True)}
     rates = canonical.best_fine_tuning_rates(tuned, ["plain", "canonical", "canonical l1"])
-    assert rates == dict.fromkeys(("canonical", "canonical l1"), canonical.FINE_TUNING_RATES[1])
+    assert rates == dict.fromkeys(("canonical", "canonical l1"), 0.2)
+    assert [one.fine_tuning_lr for one in cells] == [0.0667, 0.2, 0.667]
 
 
 def test_a_pressed_network_has_no_rate_of_its_own():
@@ -292,7 +293,7 @@ def test_which_networks_are_cut():
 def invoke(monkeypatch):
     """The command with one learning rate on small data; (exit status, output, exception)."""
     monkeypatch.setattr(canonical, "RATES", (1e-3,))
-    monkeypatch.setattr(canonical, "FINE_TUNING_RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(canonical, "FINE_TUNING_FACTORS", (1.0, 2.0))
     app = typer.Typer()
     app.command()(canonical.canonical_command)
     small = {"data": "digits", "model": "tiny", "subset": 40, "kept": 0.5, "batch-size": 20}

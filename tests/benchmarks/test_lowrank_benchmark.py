@@ -142,7 +142,7 @@ def test_the_network_at_full_rank_has_the_statistics_of_the_data():
 def test_weights_keep_variances(data, monkeypatch):
     monkeypatch.setattr(lowrank_cell, "WIDTHS", (256, 256))
     model = perceptron(data, False)
-    assert float(model[3].weight.square().mean()) == pytest.approx(2 / 256, rel=0.05)
+    assert model[3].weight.square().mean().item() == pytest.approx(2 / 256, rel=0.05)
     assert not any(layer.bias.any() for layer in model if isinstance(layer, nn.Linear))
 
 

@@ -48,7 +48,9 @@ def trainer_for(data, optimizer="psisgd", *, epochs=EPOCHS):
     model = NetWithDropout()
     return Trainer(
         model,
-        optimizers.build(optimizer, model, lr=0.05, weight_decay=0 if optimizer == "psigd" else 1e-3),
+        optimizers.build(
+            optimizer, model, lr=0.05, weight_decay=0 if optimizer in ("psigd", "riemannian-gd") else 1e-3
+        ),
         data,
         epochs=epochs,
         batch_size=50,
