@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ._exchange import standing_for
+from ._following import Following
 from ._low_rank_cost import unfolding_of
 from ._sizes import check_fresh
 from ._unfolding import UnfoldingKind
-from .init._calibration_following import Following
 from .init.low_rank import LowRankMethod, lowrank_factors, lowrank_factors_with_bias
 from .init.tensor import tensor_kaiming_
 from .layers.low_rank import low_rank_layer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .init._calibration_following import Following, following
+from ._following import Following, following
 
 __all__ = ["Observation", "observe"]
 

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._calibration_following import Following
+from retract.nets._following import Following
+
 from ._calibration_regression import Factors, Regression
 
 __all__ = ["Fit", "Sample", "fits"]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from retract.nets._following import Following, following
 from retract.nets.layers.low_rank import LowRankLayer
 
 from ._calibration_checks import check_options, matching_layers
 from ._calibration_fit import Fit, Sample, fits
-from ._calibration_following import Following, following
 from ._calibration_passes import Batch, Network, kept_batches, normalizations, restored_on_error
 from ._calibration_regression import Factors
 from ._calibration_report import CalibratedLayer, Calibration
