@@ -264,7 +264,7 @@ def _store(fit: Fit, layer: LowRankLayer, bias: bool) -> None:
     """Balanced factors and the offset as the layer's parameters."""
     left, right = fit.factors.left.reshape(len(fit.offset), -1, layer.rank), fit.factors.right
     frame, triangle = torch.linalg.qr(right.mT)
-    left, right = _balanced(*_singular_basis(left @ triangle.mT, frame.mT), left.new_ones(()))
+    left, right = _balanced(*_singular_basis(left @ triangle.mT, frame.mT))
     layer.left.copy_(left.reshape(layer.left.shape))
     layer.right.copy_(right.reshape(layer.right.shape))
     if layer.bias is not None and bias:

@@ -208,12 +208,12 @@ class _Problem:
         self.dtype, self.inverse_root = weight.dtype, None
         matrix = layout.matrix(weight.detach())
         matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
-        largest = torch.linalg.vector_norm(matrix, math.inf).clamp(min=torch.finfo(matrix.dtype).tiny)
-        if not largest.isfinite():
+        largest = max(matrix.abs().amax().item(), torch.finfo(matrix.dtype).tiny)
+        if not math.isfinite(largest):
             raise ValueError("weight must be finite, got NaN or infinite entries")
         # What is squared neither overflows nor vanishes. A power of two changes no digit, so singular vectors of equal
         # singular values, which are arbitrary, are those of the weight.
-        self.scale = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
+        self.scale = math.ldexp(1.0, math.frexp(largest)[1] - 1)
         matrix = matrix / self.scale
         if covariance is not None:
             root, self.inverse_root = covariance_roots(covariance.to(weight.device), matrix.shape[-1])
@@ -244,12 +244,11 @@ def _singular_basis(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left @ vectors, vectors.mT @ right
 
 
-def _balanced(left: Tensor, right: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The product times the scale, with columns on the left of the norms of the rows on the right."""
-    of_left, of_right = torch.linalg.vector_norm(left, dim=-2), torch.linalg.vector_norm(right, dim=-1)
-    share = (scale * of_left * of_right).sqrt()
-    to_left, to_right = (torch.where(norm > 0, share / norm, 0.0) for norm in (of_left, of_right))
-    return left * to_left[..., None, :], to_right[..., :, None] * right
+def _balanced(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The product times the scale, right having orthonormal rows: columns on the left get the norms of those rows."""
+    norms = torch.linalg.vector_norm(left, dim=-2)
+    share = (scale * norms).sqrt()
+    return left * torch.where(norms > 0, share / norms, 0.0)[..., None, :], share[..., :, None] * right
 
 
 def _check(weight: Tensor, method: str, slope: float, iterations: int | None) -> None:
