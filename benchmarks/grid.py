@@ -15,17 +15,29 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from .runs import Run, stop_on_signal
+import torch
+
+from .runs import stop_on_signal
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Stopping", "compute", "finished"]
+__all__ = ["Records", "Stopping", "compute", "finished"]
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
 Cell = TypeVar("Cell", bound="DataclassInstance")  # frozen, of plain values
 Stopping = Callable[[], bool]
+
+
+class Records(Protocol):
+    """Keeps a record for each finished cell: a `.runs.Run`, or a store of another kind."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add one."""
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All of them."""
 
 
 class _Event(Protocol):
@@ -39,7 +51,7 @@ class _Worker:
     parent: int | None = None
 
 
-def finished(run: Run, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
+def finished(run: Records, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
     """The records of those of ``cells`` that are finished: their fields, and what was computed."""
     records = run.metrics()
     found = {}
@@ -52,7 +64,7 @@ def finished(run: Run, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
 
 
 def compute(
-    run: Run,
+    run: Records,
     cells: Sequence[Cell],
     work: Callable[[Cell, Stopping], dict[str, Any] | None],
     *,
@@ -63,18 +75,19 @@ def compute(
     """Compute the cells that are not finished, and log each to ``run`` as it ends: its fields and its results.
 
     Args:
-        run: the folder that keeps the results, a line of metrics.jsonl a cell.
+        run: keeps the results, a record a cell.
         cells: frozen dataclasses of plain values, in the order in which they are begun.
         work: from a cell to its results. Runs in a process of its own, so it has a name in its module. It looks
             now and then whether to stop; then it saves what it has, and returns None.
         processes: cells computed at a time.
         deadline: on `time.monotonic`'s clock.
-        on_record: called with every finished cell's line.
+        on_record: called with every finished cell's record.
 
     Returns:
         Whether all are finished; not so after the deadline, Ctrl-C or SIGTERM.
     """
     known = finished(run, cells)
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)  # torch imports its compiler at the first optimizer: workers inherit it
     context = get_context()
     event = context.Event()
     workers = ProcessPoolExecutor(processes, context, _begin, (event,))

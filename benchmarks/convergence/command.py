@@ -73,14 +73,11 @@ class Benchmark:
             Whether all their cells are finished.
         """
         torch.set_num_threads(1)
-        torch.optim.SGD(
-            [torch.zeros(1)], lr=0.1
-        )  # torch imports its compiler at the first optimizer: workers inherit it
         own = {"training": self._train, "robustness": self._map, "transfer": self._transfer}
         return all(own[name]() if name in own else self._descend(name) for name in protocols)
 
     def _compute(self, cells: Sequence[Any], work: Callable[..., dict[str, Any] | None]) -> bool:
-        return compute(self.store, cells, work, **self.options)  # type: ignore[arg-type]  # it logs and reads like a Run
+        return compute(self.store, cells, work, **self.options)
 
     def _descend(self, protocol: str) -> bool:
         """What theorems speak of; methods that were named and that the protocol does not have are left out."""
@@ -128,7 +125,7 @@ class Benchmark:
         cells = {trial: tuning_cell(self.settings, protocol, model, method, trial) for trial in trials}
         if not self._compute(list(cells.values()), self._training):
             return None
-        records = finished(self.store, list(cells.values()))  # type: ignore[arg-type]  # it reads like a Run
+        records = finished(self.store, list(cells.values()))
         losses = {trial: records[cell]["unseen_loss"] for trial, cell in cells.items()}
         return {trial: math.inf if loss is None else loss for trial, loss in losses.items()}
 
