@@ -178,6 +178,15 @@ def test_bias_is_corrected(bias):
     assert list(decompress(layer).state_dict()) == ["weight", "bias"]
 
 
+@pytest.mark.parametrize(("bias", "frozen"), [(True, "weight"), (True, "bias"), (False, "weight")])
+def test_what_is_frozen_stays_so_where_a_bias_is_corrected(bias, frozen):
+    layer = nn.Linear(12, 10, bias=bias)
+    layer.get_parameter(frozen).requires_grad_(False)
+    factorize(layer, "lowrank", 3, init="relu", correct_bias=True)
+    assert layer.left.requires_grad == (frozen != "weight")
+    assert layer.bias.requires_grad == (frozen != "bias" and bias)  # a new one goes with the weight
+
+
 def test_random_start():
     torch.manual_seed(0)
     layer = nn.Linear(64, 64, bias=False)
