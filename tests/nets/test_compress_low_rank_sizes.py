@@ -43,7 +43,8 @@ def test_energy_is_what_singular_values_keep():
     assert row.obstacle == "lowrank with energy=1.0: at rank 12 it would have 288 elements, dense it has 144"
     flat = nn.Sequential(with_spectrum(nn.Linear(12, 12), [1.0] * 12))
     assert ranks(factorize(copy.deepcopy(flat), "lowrank", energy=5 / 12)) == {"0": 5}
-    assert ranks(factorize(flat, "lowrank", energy=6 / 12)) == {}  # 144 elements, as many as dense
+    with pytest.raises(ValueError, match="at rank 6 it would have 144 elements, dense it has 144"):
+        factorize(flat, "lowrank", energy=6 / 12)
 
 
 def test_one_budget_for_all_layers():
