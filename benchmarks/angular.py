@@ -17,6 +17,7 @@ from retract.optim import PSIAngular
 from retract.optim._scale import ScaleBlock, scale_blocks
 
 from .digits import Trial, train
+from .options import Processes
 from .provenance import provenance
 from .report import Table
 
@@ -87,7 +88,7 @@ def _last_loss(job: tuple[str, float, int]) -> float:
 
 def angular_command(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every setting.")] = 3,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    processes: Processes = 2,
 ) -> None:
     """Compare PSIAngular's choices with their alternatives: training loss of the last of 12 epochs on 8x8 digits."""
     from rich import print as show

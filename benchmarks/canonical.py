@@ -25,6 +25,7 @@ from .canonical_cell import METHODS, Cell, Settings, load_data, train_cell
 from .cells import lowest_rates, mean_losses
 from .grid import compute, finished
 from .grid_command import chosen_names, show_end
+from .options import Amp, BatchSize, DataFolder, Device, GridFolder, ImageSize, Minutes, Processes, Seeds, Subset
 from .runs import Run
 
 __all__ = ["MODELS", "RATES", "TUNED", "best_fine_tuning_rates", "best_rates", "canonical_command", "run_grid"]
@@ -124,9 +125,7 @@ def best_fine_tuning_rates(tuned: dict[Cell, dict[str, Any]], methods: list[str]
 
 def canonical_command(
     data: Annotated[str, typer.Option(help="mnist, cifar10 or svhn.", metavar="NAME")] = "mnist",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
-    ] = None,
+    data_dir: DataFolder = None,
     model: Annotated[
         str | None,
         typer.Option(help="mnist_convnet or cifar_alexnet. Default: the one for the images.", metavar="NAME"),
@@ -141,15 +140,13 @@ def canonical_command(
     scratch: Annotated[
         bool, typer.Option("--scratch/--no-scratch", help="Train networks of as few terms from scratch, too.")
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the comparison.", metavar="N")] = 3,
-    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
-    ] = None,
+    seeds: Seeds = 3,
+    subset: Subset = None,
+    image_size: ImageSize = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.", metavar="N")] = 4,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a tuning run.", metavar="N")] = 1,
     fine_tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs after a truncation.", metavar="N")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 128,
+    batch_size: BatchSize = 128,
     pressure: Annotated[
         float,
         typer.Option(
@@ -158,15 +155,11 @@ def canonical_command(
             metavar="X",
         ),
     ] = 0.2,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.", metavar="N")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
-    amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.")] = False,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a run) and the runs.")
-    ] = Path("runs/canonical"),
+    minutes: Minutes = None,
+    processes: Processes = 2,
+    device: Device = "cpu",
+    amp: Amp = False,
+    out: GridFolder = Path("runs/canonical"),
 ) -> None:
     """Train plain, weight-normalized and canonical networks, cut the terms of these, fine-tune, and compare.
 

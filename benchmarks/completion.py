@@ -18,6 +18,7 @@ import typer
 
 from .completion_methods import GROWTH_STEPS, METHODS, Factors, Problem, Watch, grown_start, random_start
 from .figures import show_figures
+from .options import FiguresFile, Processes
 from .provenance import provenance
 from .report import SERIES, Figure, Section, Table, figure_style, write_report
 
@@ -202,10 +203,8 @@ def completion_command(
     ] = "10,100,1000,10000",
     seeds: Annotated[int, typer.Option(min=1, help="Problems for each setting and condition.")] = 3,
     iterations: Annotated[int, typer.Option(min=2, help="Iterations after which a method is stopped.")] = 1000,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures to a JSON file, too.", show_default=False)
-    ] = None,
+    processes: Processes = 2,
+    out: FiguresFile = None,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write tables and curves to an HTML file.", show_default=False)
     ] = None,

@@ -27,6 +27,7 @@ from retract.nets.cnn import MODELS
 from . import optimizers
 from .data import digits
 from .demo import rescale_filters
+from .options import Processes
 from .provenance import provenance
 from .report import Section, Table, write_report
 
@@ -236,7 +237,7 @@ def digits_command(
             metavar="NAMES", help=f"Semicolon-separated, of: {'; '.join(METHODS)}. Default: all.", show_default=False
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    processes: Processes = 2,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="For report.html and results.jsonl.")] = Path(
         "runs/digits"
     ),

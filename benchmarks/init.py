@@ -26,6 +26,7 @@ from .grid_command import chosen_names, show_end
 from .init_cell import Cell, Settings, load_data, train_cell
 from .init_depth import measure, measurements
 from .init_methods import TRAINED, knows
+from .options import BatchSize, DataFolder, DataName, Device, GridFolder, ImageSize, Minutes, Processes, Seeds, Subset
 from .runs import Run
 
 __all__ = ["PARTS", "RATES", "best_rates", "init_command", "run_parts"]
@@ -92,10 +93,8 @@ def init_command(
     parts: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(PARTS)}.", metavar="NAMES")] = ",".join(
         PARTS
     ),
-    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME")] = "digits",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
-    ] = None,
+    data: DataName = "digits",
+    data_dir: DataFolder = None,
     formats: Annotated[
         str, typer.Option(help=f"To train; comma-separated, of: {', '.join(FORMATS)}.", metavar="NAMES")
     ] = "cp,tensor_train,tucker2",
@@ -104,22 +103,16 @@ def init_command(
     budget: Annotated[
         float, typer.Option(min=0.01, max=1, help="Parameters of a layer, as a fraction of a dense one's.")
     ] = 0.25,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the comparison.", metavar="N")] = 2,
-    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
-    ] = None,
+    seeds: Seeds = 2,
+    subset: Subset = None,
+    image_size: ImageSize = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of the comparison.", metavar="N")] = 15,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a tuning run.", metavar="N")] = 6,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 64,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Cells at a time, one thread each.", metavar="N")] = 2,
-    device: Annotated[str, typer.Option(help="To train on: cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a cell) and the runs.")
-    ] = Path("runs/init"),
+    batch_size: BatchSize = 64,
+    minutes: Minutes = None,
+    processes: Processes = 2,
+    device: Device = "cpu",
+    out: GridFolder = Path("runs/init"),
 ) -> None:
     """Compare initializations of tensorial convolutions: ours, torch's core by core, and tensorly-torch's.
 

@@ -27,6 +27,19 @@ from .grid import compute, finished
 from .grid_command import chosen_names, show_end
 from .layers_cell import METHODS, Cell, Settings, load_data, train_cell
 from .layers_steps import steps_table
+from .options import (
+    Amp,
+    BatchSize,
+    DataFolder,
+    DataName,
+    Device,
+    GridFolder,
+    ImageSize,
+    Minutes,
+    Processes,
+    Seeds,
+    Subset,
+)
 from .runs import Run
 
 __all__ = ["RATES", "best_rates", "layers_command", "run_grid"]
@@ -82,10 +95,8 @@ def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[str, float]:
 
 
 def layers_command(
-    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME")] = "cifar10",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
-    ] = None,
+    data: DataName = "cifar10",
+    data_dir: DataFolder = None,
     models: Annotated[
         str, typer.Option(help="Comma-separated names of the zoo.", metavar="NAMES")
     ] = "resnet20,wrn16_4",
@@ -95,30 +106,24 @@ def layers_command(
             metavar="NAMES", help=f"Comma-separated, of: {', '.join(METHODS)}. Default: all.", show_default=False
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the comparison.", metavar="N")] = 3,
+    seeds: Seeds = 3,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Default: a quarter of the widest layer's outputs.", metavar="R")
     ] = None,
     spectrum: Annotated[str, typer.Option(help=f"{', '.join(SPECTRA)}.", metavar="NAME")] = "lipschitz",
-    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
-    ] = None,
+    subset: Subset = None,
+    image_size: ImageSize = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of the comparison.", metavar="N")] = 15,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of a tuning run.", metavar="N")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 128,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.", metavar="N")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
-    amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.")] = False,
+    batch_size: BatchSize = 128,
+    minutes: Minutes = None,
+    processes: Processes = 2,
+    device: Device = "cpu",
+    amp: Amp = False,
     steps: Annotated[
         bool, typer.Option("--steps", help="Time training steps on random images instead; half a minute a network.")
     ] = False,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a run) and the runs.")
-    ] = Path("runs/layers"),
+    out: GridFolder = Path("runs/layers"),
 ) -> None:
     """Train networks with SVDP and STTP layers in Householder and in Stiefel form, and dense ones, and compare them.
 

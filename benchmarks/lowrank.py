@@ -29,6 +29,7 @@ from .grid_command import chosen_names, show_end
 from .lowrank_cell import FULL_RANK, METHODS, NETWORKS, Cell, Settings, load_data
 from .lowrank_compression import BUDGETS, INITIALIZATIONS, Compression
 from .lowrank_errors import cost_cells, error_cells, measure_costs, measure_errors
+from .options import DataFolder, DataName, Device, GridFolder, ImageSize, Minutes, Processes, Subset
 from .runs import Run
 
 __all__ = ["PARTS", "RATES", "lowrank_command", "run_parts"]
@@ -130,29 +131,21 @@ def lowrank_command(
     parts: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(PARTS)}.", metavar="NAMES")] = ",".join(
         PARTS
     ),
-    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME")] = "digits",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
-    ] = None,
+    data: DataName = "digits",
+    data_dir: DataFolder = None,
     seeds: Annotated[int, typer.Option(min=2, help="Seeds of the comparisons of trained networks.", metavar="N")] = 5,
-    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
-    ] = None,
+    subset: Subset = None,
+    image_size: ImageSize = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of perceptrons.", metavar="N")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step of perceptrons.", metavar="N")] = 64,
     model: Annotated[str, typer.Option(help="Network of the zoo to compress.", metavar="NAME")] = "resnet20",
     model_epochs: Annotated[int, typer.Option(min=1, help="Epochs of it before it is.", metavar="N")] = 10,
     model_batch_size: Annotated[int, typer.Option(min=1, help="Images per step of it.", metavar="N")] = 64,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Cells at a time, one thread each.", metavar="N")] = 2,
-    device: Annotated[str, typer.Option(help="To train on: cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
+    minutes: Minutes = None,
+    processes: Processes = 2,
+    device: Device = "cpu",
     amp: Annotated[bool, typer.Option("--amp", help="Network to compress: forward in bfloat16 where safe.")] = False,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a cell) and the runs.")
-    ] = Path("runs/lowrank"),
+    out: GridFolder = Path("runs/lowrank"),
 ) -> None:
     """Compare starts of low-rank layers: the nearest matrix, the nearest function, random ones, and fitted to data.
 

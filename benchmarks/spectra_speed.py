@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from .figures import show_figures
+from .options import FiguresFile, Threads
 from .report import Table
 from .spectra_methods import BASELINE, DENSE, TRAININGS, WEIGHTS, Step, convolutions, dense_pass, weight_steps
 from .timing import Timing, interleave
@@ -174,13 +174,9 @@ def _training_table(rows: Sequence[Row], sizes: Sizes) -> Table:
 
 def spectra_command(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend on each group of methods.")] = 5.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's own.", show_default=False)
-    ] = None,
+    threads: Threads = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, whose figures mean nothing: a dry run.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures to a JSON file, too.", show_default=False)
-    ] = None,
+    out: FiguresFile = None,
 ) -> None:
     """Time layers of controlled spectrum: their weights, their factored convolutions, their training steps.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +15,7 @@ from retract.optim import PSISGD, PSIAdam, PSIAngular
 
 from . import optimizers
 from .figures import show_figures
+from .options import FiguresFile, Threads
 from .report import Table
 from .timing import interleave
 
@@ -136,12 +136,8 @@ def speed_command(
     ] = "resnet18,resnet20,resnet50",
     seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend on each network.")] = 20.0,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's own.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures to a JSON file, too.", show_default=False)
-    ] = None,
+    threads: Threads = None,
+    out: FiguresFile = None,
 ) -> None:
     """Time one whole optimizer step over a network's parameters: medians, methods taking turns in one run.
 

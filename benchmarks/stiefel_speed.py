@@ -14,6 +14,7 @@ from torch import Tensor
 from retract.manifolds import Stiefel
 
 from .figures import show_figures
+from .options import Threads
 from .report import Table
 from .timing import interleave
 
@@ -127,9 +128,7 @@ def _orthonormality_error(point: Tensor) -> float:
 
 def stiefel_command(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend on each size.")] = 10.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's own.", show_default=False)
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Time one momentum step on Stiefel matrices in float32, against geoopt's RiemannianSGD, taking turns in one run.
 

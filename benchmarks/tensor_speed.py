@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from .figures import show_figures
+from .options import FiguresFile, Threads
 from .report import Table
 from .tensor_methods import DENSE, Method, Sizes, methods, training_pass
 from .timing import Timing, interleave
@@ -85,13 +85,9 @@ def _line(row: Row) -> list[str]:
 
 def tensor_command(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend, all in all; at least five rounds.")] = 120.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's own.", show_default=False)
-    ] = None,
+    threads: Threads = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, whose figures mean nothing: a dry run.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures to a JSON file, too.", show_default=False)
-    ] = None,
+    out: FiguresFile = None,
 ) -> None:
     """Time tensorial and canonical convolutions against dense ones and tensorly-torch's.
 

@@ -22,6 +22,7 @@ from retract.nets.cnn import MODELS
 from ..experiment import DEFAULT_MODELS
 from ..grid import compute, finished
 from ..grid_command import show_end
+from ..options import Amp, BatchSize, DataFolder, DataName, Device, ImageSize, Minutes, Processes, Subset
 from ..training import SCHEDULES
 from . import descent
 from .equivariance import equivariance_cells, run_equivariance
@@ -173,32 +174,26 @@ def convergence_command(
             show_default=False,
         ),
     ] = None,
-    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME")] = "digits",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
-    ] = None,
+    data: DataName = "digits",
+    data_dir: DataFolder = None,
     model: Annotated[
         str | None, typer.Option(help="Network of the zoo. Default: one for the data.", metavar="NAME")
     ] = None,
-    subset: Annotated[int | None, typer.Option(min=1, help="Train on N images. Default: on all.", metavar="N")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to N x N. Default: as they are.", metavar="N")
-    ] = None,
+    subset: Subset = None,
+    image_size: ImageSize = None,
     augment: Annotated[bool | None, typer.Option(help="Shift and mirror. Default: for cifar10.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of a training run.", metavar="N")] = 9,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 64,
+    batch_size: BatchSize = 64,
     schedule: Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.", metavar="NAME")] = "cosine",
     warmup: Annotated[float, typer.Option(min=0, help="Epochs of linear warm-up.", metavar="X")] = 0.0,
     trials: Annotated[
         int, typer.Option(min=1, help="Settings that each method is tuned over, by successive halving.", metavar="N")
     ] = TRIALS,
     seeds: Annotated[int, typer.Option(min=2, help="Seeds of the comparisons.", metavar="N")] = 5,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Cells at a time, one thread each.", metavar="N")] = 2,
-    device: Annotated[str, typer.Option(help="To train on: cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
-    amp: Annotated[bool, typer.Option("--amp", help="Forward pass in bfloat16 where that is safe.")] = False,
+    minutes: Minutes = None,
+    processes: Processes = 2,
+    device: Device = "cpu",
+    amp: Amp = False,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help=f"For report.html and {DATABASE}.")] = Path(
         "runs/convergence"
     ),

@@ -23,6 +23,7 @@ from retract.nets.gan.networks import GANS
 from ..cells import mean_losses
 from ..grid import compute, finished
 from ..grid_command import chosen_names, show_end
+from ..options import BatchSize, DataFolder, DataName, Device, GridFolder, Minutes, Processes, Seeds
 from ..runs import Run
 from ..samples.classifier import feature_classifier
 from ..samples.statistics import data_statistics
@@ -81,10 +82,8 @@ def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[str, float]:
 
 
 def gan_benchmark_command(
-    data: Annotated[str, typer.Option(help="digits, mnist, cifar10 or svhn.", metavar="NAME")] = "mnist",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="As for `retract train`. Default: download.", metavar="PATH")
-    ] = None,
+    data: DataName = "mnist",
+    data_dir: DataFolder = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -107,24 +106,20 @@ def gan_benchmark_command(
     steps: Annotated[int, typer.Option(min=1, help="Of the generator.", metavar="N")] = 2000,
     tuning_steps: Annotated[int, typer.Option(min=1, help="Of a tuning run.", metavar="N")] = 600,
     discriminator_steps: Annotated[int, typer.Option(min=1, help="For each of the generator.", metavar="N")] = 2,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.", metavar="N")] = 64,
+    batch_size: BatchSize = 64,
     ema: Annotated[float, typer.Option(min=0, max=1, help="As for `retract gan`.", metavar="X")] = 0.99,
     metric_samples: Annotated[int, typer.Option(min=10, help="To compare with the data.", metavar="N")] = 5000,
     looks: Annotated[int, typer.Option(min=1, help="At spectra and samples, in a run.", metavar="N")] = 10,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the comparison.", metavar="N")] = 3,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.", metavar="X")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.", metavar="N")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", metavar="NAME")] = "cpu",
+    seeds: Seeds = 3,
+    minutes: Minutes = None,
+    processes: Processes = 2,
+    device: Device = "cpu",
     amp: Annotated[bool, typer.Option("--amp", help="Networks in bfloat16 where that is safe.")] = False,
     step_times: Annotated[
         bool, typer.Option("--step-times", help="Time a step of SNGAN-32's discriminator instead; run nothing beside.")
     ] = False,
     seconds: Annotated[float, typer.Option(min=0.1, help="To spend on --step-times.", metavar="X")] = 120.0,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For report.html, metrics.jsonl (a line a run) and the runs.")
-    ] = Path("runs/gan-benchmark"),
+    out: GridFolder = Path("runs/gan-benchmark"),
 ) -> None:
     """Train GANs with a reduced discriminator under every constraint on its spectra, and compare their samples.
 
