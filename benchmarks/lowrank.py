@@ -37,8 +37,6 @@ __all__ = ["PARTS", "RATES", "lowrank_command", "run_parts"]
 PARTS = ("errors", "training", "compression")
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4)
 RATES = (0.003, 0.01, 0.03, 0.1)
-FINE_TUNING_RATES = (0.01, 0.03, 0.1)
-FINE_TUNED = 0.2  # the budget for which one of them is chosen
 TUNING_SEEDS = (1000, 1001)  # of perceptrons; the first, of compressed networks
 
 Results = dict[Cell, dict[str, Any]]
@@ -109,19 +107,19 @@ def _compress(run: Run, settings: Settings, seeds: int, **options: Any) -> bool:
     if not (compute(run, dense, work, **options) and compute(run, tuning, work, **options)):
         return False
     trained = [c.seed for c, record in finished(run, dense[1:]).items() if record["accuracy"] is not None]
-    rates = lowest_rates(mean_losses(finished(run, tuning), lambda cell: (cell.initialization, cell.lr)))
+    rates = lowest_rates(mean_losses(finished(run, tuning), lambda cell: ((cell.budget, cell.initialization), cell.lr)))
     return compute(run, compressed_cells(rates, trained), work, **options)
 
 
 def fine_tuning_cells() -> list[Compression]:
-    """Every initialization at every rate, at one budget."""
-    grid = product(INITIALIZATIONS, FINE_TUNING_RATES)
-    return [Compression("fine-tuning", TUNING_SEEDS[0], lr, FINE_TUNED, name) for name, lr in grid]
+    """Every initialization at every budget and rate."""
+    grid = product(BUDGETS, INITIALIZATIONS, RATES)
+    return [Compression("fine-tuning", TUNING_SEEDS[0], lr, budget, name) for budget, name, lr in grid]
 
 
-def compressed_cells(rates: dict[str, float], seeds: Iterable[int]) -> list[Compression]:
-    """Every initialization at its own rate and at every budget, seed after seed."""
-    return [Compression("compressed", s, lr, budget, i) for s in seeds for budget in BUDGETS for i, lr in rates.items()]
+def compressed_cells(rates: dict[tuple[float, str], float], seeds: Iterable[int]) -> list[Compression]:
+    """Each at its own rate, seed after seed."""
+    return [Compression("compressed", seed, lr, *made) for seed in seeds for made, lr in rates.items()]
 
 
 # ---------------------------------------------------------------------------------------------------- the command

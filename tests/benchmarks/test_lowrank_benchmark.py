@@ -313,7 +313,10 @@ def test_all_methods_have_the_same_rates_and_seeds():
     final = lowrank.final_cells(dict.fromkeys(per_method, 0.1), 5)
     assert len(set(final)) == 5 * len(per_method)
     assert not {one.seed for one in final} & {one.seed for one in tuning}
-    assert len(set(lowrank.compressed_cells(dict.fromkeys(lowrank.INITIALIZATIONS, 0.1), range(3)))) == 4 * 4 * 3
+    tuning = lowrank.fine_tuning_cells()
+    made = {(one.budget, one.initialization) for one in tuning}
+    assert len(made) == 4 * 4 and len(set(tuning)) == len(made) * len(lowrank.RATES)
+    assert len(set(lowrank.compressed_cells(dict.fromkeys(made, 0.1), range(3)))) == len(made) * 3
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -327,10 +330,8 @@ def invoke(monkeypatch):
     for name, value in {
         "FRACTIONS": (1 / 4,),
         "RATES": (0.01, 1e30),
-        "FINE_TUNING_RATES": (0.01,),
         "TUNING_SEEDS": (1000,),
         "BUDGETS": (0.6,),
-        "FINE_TUNED": 0.6,
     }.items():
         monkeypatch.setattr(lowrank, name, value)
     for name, value in {"SIZES": (16,), "FRACTIONS": (1 / 4,), "DRAWS": {16: 2}, "SAMPLES": 50}.items():
@@ -358,7 +359,7 @@ def test_command_computes_all_parts_and_says_them(invoke, tmp_path):
     assert status == 0, output
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     count = {part: sum(record["part"] == part for record in records) for part in (*lowrank.PARTS, "costs")}
-    assert count == {"errors": 5, "costs": 2, "training": 2 * 3 * (2 + 2), "compression": 1 + 2 + 2 + 2 * 2}
+    assert count == {"errors": 5, "costs": 2, "training": 2 * 3 * (2 + 2), "compression": 1 + 2 + 2 * 2 + 2 * 2}
     html = (tmp_path / "report.html").read_text()
     for text in (
         "orthogonal weights",
