@@ -10,29 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from retract.benchmarks import cli, experiment, train
-from retract.benchmarks.cli import app
 from retract.benchmarks.optimizers import OPTIMIZERS
 from retract.nets.cnn import MODELS
+from tests.benchmarks.command_line import invoke
 
-
-def invoke(*arguments):
-    """(exit status, output as one line without the frames that rich draws)."""
-    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [str(part) for part in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RETRACT_CACHE_DIR", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 SMALL = ("train", "--subset", "100", "--batch-size", "20", "--epochs", "2", "--threads", "1")

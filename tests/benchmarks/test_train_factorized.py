@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from retract.benchmarks import optimizers
-from retract.benchmarks.cli import app
 from retract.benchmarks.experiment import Config, build_trainer, read_config
 from retract.benchmarks.factorization import FORMS, SPECTRA, SPECTRAL, Factorization, fill_in
 from retract.benchmarks.runs import Interrupted, Run
@@ -21,24 +18,11 @@ from retract.nets.compress import factorize
 from retract.nets.layers.low_rank import low_rank_layer
 from retract.nets.parametrizations.models import canonical_weights, spectral_weights
 from retract.nets.summary import summary
+from tests.benchmarks.command_line import invoke
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 SMALL = ("train", "--subset", "100", "--batch-size", "20", "--epochs", "2", "--threads", "1")
-
-
-def invoke(*arguments):
-    """(exit status, output in one line)."""
-    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [str(part) for part in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
 def layers(kind="svdp", form="householder", *, rank=8, spectrum="lipschitz", skip="fc"):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from retract.benchmarks.cli import app
 from retract.benchmarks.gan import experiment as gan_experiment
 from retract.benchmarks.gan import observer as gan_observer
 from retract.benchmarks.gan.observer import Observer
@@ -22,28 +19,14 @@ from retract.benchmarks.runs import Run
 from retract.benchmarks.samples import classifier as sample_classifier
 from retract.nets.gan.constraints import CONSTRAINTS
 from retract.nets.gan.networks import GANS
+from tests.benchmarks.command_line import invoke
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 SMALL = (
     *("gan", "--subset", "100", "--width", "4", "--generator-width", "4", "--discriminator-steps", "1"),
     *("--batch-size", "16", "--log-every", "2", "--samples-every", "2", "--threads", "1"),
 )
-
-
-def invoke(*arguments):
-    """(exit status, output as one line without the frames that rich draws)."""
-    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [str(part) for part in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RETRACT_CACHE_DIR", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
 def contents(folder):
