@@ -57,7 +57,7 @@ def train_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="digitsnet, lenet5_bn, mnist_convnet, cifar_alexnet, vgg11_bn, vgg16_bn, resnet20/32/44/56 "
+            help="digitsnet, lenet5_bn, mnist_convnet, cifar_alexnet, vgg11_bn, vgg16_bn, resnet8/20/32/44/56 "
             "(CIFAR), resnet18/34/50, wrn16_4, wrn28_10. Default: digitsnet (digits), lenet5_bn (mnist), "
             "resnet20.",
             metavar="NAME",

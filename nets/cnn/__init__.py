@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ._base import ZooModel
 from .resnet import ResNet, resnet18, resnet34, resnet50
-from .resnet_cifar import CifarResNet, resnet20, resnet32, resnet44, resnet56
+from .resnet_cifar import CifarResNet, resnet8, resnet20, resnet32, resnet44, resnet56
 from .small import DigitsNet, LeNet5BN, digitsnet, lenet5_bn
 from .unnormalized import CifarAlexNet, MnistConvNet, cifar_alexnet, mnist_convnet
 from .vgg import VGG, vgg11_bn, vgg16_bn
@@ -31,6 +31,7 @@ __all__ = [
     "digitsnet",
     "lenet5_bn",
     "mnist_convnet",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -51,6 +52,7 @@ MODELS: dict[str, Callable[..., ZooModel]] = {
     "cifar_alexnet": cifar_alexnet,
     "vgg11_bn": vgg11_bn,
     "vgg16_bn": vgg16_bn,
+    "resnet8": resnet8,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet44": resnet44,

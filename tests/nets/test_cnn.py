@@ -17,6 +17,7 @@ COUNTS = {
     "cifar_alexnet": 6_976_842,
     "vgg11_bn": 9_228_362,
     "vgg16_bn": 14_724_042,
+    "resnet8": 75_290,
     "resnet20": 269_722,
     "resnet32": 464_154,
     "resnet44": 658_586,
