@@ -32,7 +32,7 @@ from .experiment import default_network
 
 __all__ = ["RATES", "best_rates", "gan_benchmark_command", "run_grid"]
 
-RATES = (2e-4, 5e-4, 1e-3)
+RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 TUNING_SEEDS = (1000,)
 #: Of discriminators; the published collapse is at a quarter of the width.
 QUARTER_WIDTHS = {"digits": 8, "dcgan28": 16, "dcgan32": 16, "sngan32": 32, "sngan48": 256}
