@@ -141,7 +141,7 @@ def test_tables_of_unfinished_lost_and_diverged_runs(tmp_path):
     assert differences.rows[0][1] == "-2.01"
     assert differences.rows[0][-1] == "helps"
     assert spectra.rows[1][1:4] == ["1.0e-07", "1.5 ± 0.0", "2.0 ± 0.0"]
-    assert tuning.rows == [["sn", "–", "–", "5.00"]]
+    assert tuning.rows == [["sn", "–", "–", "5.00", "–"]]
     path = gan_bench_report.write_gan_benchmark_report(tmp_path / "report.html", results, SETTINGS, tmp_path)
     assert "svdp-c" in path.read_text(encoding="utf-8")
     assert all(not table.rows for table in gan_bench_report.tables({}))
