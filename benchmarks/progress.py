@@ -7,39 +7,26 @@ from __future__ import annotations
 import math
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from .training import Trainer
 
-__all__ = ["TrainingProgress"]
+__all__ = ["LiveBar", "TrainingProgress"]
 
 SECONDS_BETWEEN_UPDATES = 0.25  # reading the loss waits for a GPU, so it is done seldom
 
 
-class TrainingProgress:
-    """A context in which ``step`` and ``epoch`` are the callbacks of :meth:`Trainer.fit`."""
+class LiveBar:
+    """A context with a bar that is drawn on terminals only and leaves nothing behind."""
 
-    def __init__(self, trainer: Trainer, console: Console) -> None:
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
         self._console = console
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._epochs = trainer.epochs
-        self._updated = 0.0
-        total = trainer.epochs * trainer.steps_per_epoch
-        self._task = self._bar.add_task("", total=total, epoch=f"{trainer.epoch + 1}/{self._epochs}", loss=math.nan)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -47,6 +34,18 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+class TrainingProgress(LiveBar):
+    """A context in which ``step`` and ``epoch`` are the callbacks of :meth:`Trainer.fit`."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        epoch, loss = TextColumn("epoch {task.fields[epoch]}"), TextColumn("loss {task.fields[loss]:.4f}")
+        super().__init__(console, epoch, BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
+        self._epochs = trainer.epochs
+        self._updated = 0.0
+        total = trainer.epochs * trainer.steps_per_epoch
+        self._task = self._bar.add_task("", total=total, epoch=f"{trainer.epoch + 1}/{self._epochs}", loss=math.nan)
 
     def step(self, trainer: Trainer) -> None:
         """Move the bar, a few times a second."""

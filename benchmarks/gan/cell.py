@@ -127,15 +127,7 @@ def train_cell(settings: Settings, folder: Path, cell: Cell, stopping: Stopping)
     trainer = build_gan(config, data)
     compression = summary(trainer.discriminator).compression
     run = open_cell(folder, cell, trainer)
-    observer = Observer(
-        run.folder,
-        data,
-        latent=trainer.latent,
-        samples_every=config.samples_every,
-        metric_samples=config.metric_samples,
-        seed=config.seed,
-        device=trainer.device,
-    )
+    observer = Observer(run.folder, data, trainer, config)
 
     def look(trainer: GANTrainer) -> None:
         if stopping():

@@ -244,16 +244,7 @@ def _fit(trainer: GANTrainer, run: Run, config: GANConfig, data: Dataset) -> Non
     from .report import REPORT, write_gan_report
 
     console = Console()
-    observer = Observer(
-        run.folder,
-        data,
-        latent=trainer.latent,
-        samples_every=config.samples_every,
-        metric_samples=config.metric_samples,
-        inception=config.inception,
-        seed=config.seed,
-        device=trainer.device,
-    )
+    observer = Observer(run.folder, data, trainer, config)
 
     def report() -> None:
         with writing_to(run.folder):

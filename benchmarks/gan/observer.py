@@ -14,6 +14,7 @@ from ..run_writing import writing_to
 from ..samples.classifier import FeatureClassifier, feature_classifier
 from ..samples.inception import inception_metrics
 from ..samples.metrics import evaluate_samples
+from .experiment import GANConfig
 from .samples import (
     BETWEEN,
     GRID,
@@ -41,35 +42,21 @@ class Observer:
 
     Args:
         folder: of the run.
-        data: the images.
-        latent: dimension of the latent vectors.
-        samples_every: steps from one look at samples to the next; the last step always has one.
-        metric_samples: images to compare with the data; 0 for none. Data of one class have no classifier to
-            compare by, and are compared by an Inception file alone.
-        inception: this file, to compare by after the last step.
-        seed: of the latent vectors.
-        device: of the classifier.
+        data: the images. Those of one class have no classifier to compare by, and are compared by an Inception file
+            alone.
+        trainer: whose generator is looked at.
+        config: of the run: how often there is a look at samples (the last step always has one), how many are compared
+            with the data (0 for none), by which Inception file after the last step, and the seed of latent vectors.
 
     Raises:
         RunFolderError: the folder cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        data: Dataset,
-        *,
-        latent: int,
-        samples_every: int,
-        metric_samples: int,
-        inception: str | None = None,
-        seed: int,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.folder, self.data, self.latent, self.seed, self.device = folder, data, latent, seed, device
-        self.samples_every = samples_every
-        self.metric_samples, self.inception = metric_samples, inception
-        self._latents = fixed_latents(latent, seed)
+    def __init__(self, folder: Path, data: Dataset, trainer: GANTrainer, config: GANConfig) -> None:
+        self.folder, self.data, self.latent, self.device = folder, data, trainer.latent, trainer.device
+        self.samples_every, self.seed = config.samples_every, config.seed
+        self.metric_samples, self.inception = config.metric_samples, config.inception
+        self._latents = fixed_latents(trainer.latent, config.seed)
         with writing_to(folder):
             (folder / SAMPLES).mkdir(exist_ok=True)
             torch.save(self._latents, folder / LATENTS)

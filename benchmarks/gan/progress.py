@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from ..progress import LiveBar
 from .training import GANTrainer
 
 __all__ = ["GANProgress"]
 
 
-class GANProgress:
+class GANProgress(LiveBar):
     """A context in which ``step`` and ``record`` are the callbacks of `GANTrainer.fit`."""
 
     def __init__(self, trainer: GANTrainer, console: Console) -> None:
-        self._console, self._steps = console, trainer.steps
-        self._bar = Progress(
-            TextColumn("step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        last = TextColumn("{task.fields[last]}")
+        super().__init__(console, TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), last)
+        self._steps = trainer.steps
         self._task = self._bar.add_task("", total=trainer.steps, completed=trainer.step, last="")
-
-    def __enter__(self) -> GANProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def step(self, trainer: GANTrainer) -> None:
         """Move the bar."""
