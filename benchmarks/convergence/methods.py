@@ -61,12 +61,11 @@ class Method:
         """Every combination."""
         return [Setting(*values) for values in product(self.lrs, self.euclidean_lrs, self.weight_decays)]
 
-    def at_edge(self, setting: Setting) -> bool:
-        """Whether a learning rate is the lowest or the highest of the grid, so that one beyond may be better."""
-        return any(
-            rate in (min(rates), max(rates))
-            for rate, rates in ((setting.lr, self.lrs), (setting.euclidean_lr, self.euclidean_lrs))
-        )
+    def at_edges(self, lr: float, euclidean_lr: float) -> tuple[bool, bool]:
+        """Whether each learning rate is the lowest or the highest of its grid, so that one beyond may be better."""
+        pairs = ((lr, self.lrs), (euclidean_lr, self.euclidean_lrs))
+        first, second = (rate in (min(rates), max(rates)) for rate, rates in pairs)
+        return first, second
 
     def build(
         self, model: nn.Module, example: Tensor, setting: Setting, *, canonical: bool = True

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..report import Figure, Section, Table
 from .export import Results
 from .figures import two_panels
+from .methods import find_method
 from .statistics import PairedTest, compare_pairs, wilcoxon_floor
 from .summary import (
     SETTINGS,
@@ -169,13 +170,19 @@ def _methods(
             cells = ["diverged"] * len(measures)
         else:
             cells = [spread(values[method][name].values(), measure.form) for name, measure in measures.items()]
-        rows.append([method, *settings(own), seeds(own), *cells])
+        rows.append([method, *_tuned(method, own), seeds(own), *cells])
     caption = (
         "Median [95 % bootstrap interval] over seeds. Runs: converged of all. Area: mean of the test accuracy over the "
         "epochs. Halfway: training loss after half of the epochs. Never: the median run, or an end of the interval, "
-        "does not get there."
+        "does not get there. *: the lowest or the highest rate of the method's grid, so that one beyond may be better."
     )
     return Table(("method", *SETTINGS, "runs", *measures), rows, caption)
+
+
+def _tuned(method: str, runs: Sequence[Record]) -> list[str]:
+    """The settings, with a star after a rate at the end of the method's grid."""
+    edges = find_method(method).at_edges(runs[0]["lr"], runs[0]["euclidean_lr"])
+    return [text + "*" * edge for text, edge in zip(settings(runs), (*edges, False), strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------- comparisons

@@ -7,20 +7,18 @@ epsilon.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import product
-from typing import Any
 
 from .methods import Setting
 from .training import Cell, Settings
 
-__all__ = ["FACTORS", "SCALES", "map_cells", "robust_shares"]
+__all__ = ["FACTORS", "SCALES", "map_cells"]
 
 SCALES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEEDS = 3  # at most: a method has 63 cells of each
 SHORTER = 3  # times than a run of the training protocol
-SHARE = 0.95  # of the best accuracy
 
 
 def map_cells(settings: Settings, tuned: Mapping[str, Setting], seeds: int) -> list[Cell]:
@@ -42,18 +40,3 @@ def map_cells(settings: Settings, tuned: Mapping[str, Setting], seeds: int) -> l
         for seed, (method, setting) in product(range(min(seeds, SEEDS)), tuned.items())
         for scale, factor in product(SCALES, FACTORS)
     ]
-
-
-def robust_shares(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """For each method the share of the map's cells that reach 95 % of the best accuracy that any method reaches there.
-
-    Args:
-        records: of the store; those of other protocols and stages are passed over. A diverged cell counts, as
-            one that does not reach it.
-    """
-    accuracies: dict[str, list[float]] = {}
-    for record in records:
-        if (record["protocol"], record["stage"]) == ("robustness", "final"):
-            accuracies.setdefault(record["method"], []).append(record["accuracy"] or 0.0)
-    bar = SHARE * max((value for values in accuracies.values() for value in values), default=0.0)
-    return {method: sum(value >= bar for value in values) / len(values) for method, values in accuracies.items()}

@@ -10,7 +10,7 @@ from retract.benchmarks.convergence import training as convergence_training
 from retract.benchmarks.convergence.equivariance import STARTS, equivariance_cells, run_equivariance
 from retract.benchmarks.convergence.methods import STOCHASTIC, Setting
 from retract.benchmarks.convergence.networks import BASE, SIZED, sized_cnn
-from retract.benchmarks.convergence.robustness import FACTORS, SCALES, map_cells, robust_shares
+from retract.benchmarks.convergence.robustness import FACTORS, SCALES, map_cells
 from retract.benchmarks.convergence.training import (
     Cell,
     Settings,
@@ -21,7 +21,7 @@ from retract.benchmarks.convergence.training import (
     scale_weights_,
     train_cell,
 )
-from retract.benchmarks.convergence.transfer import Transferred, transfer_cells, transferred
+from retract.benchmarks.convergence.transfer import transfer_cells
 from retract.nets import find_scale_invariant
 
 SETTINGS = Settings("digits", None, 200, None, False, "digitsnet", 3, 64, "cosine", 0.0, "cpu", False)
@@ -150,17 +150,6 @@ def test_a_scaled_start_is_the_same_function_and_only_manifolds_train_alike(tmp_
     assert apart["PSISGD"] < 1e-3 < 0.05 < apart["SGD"]
 
 
-def test_shares_of_the_map():
-    def record(method, accuracy, **changes):
-        return {"protocol": "robustness", "stage": "final", "method": method, "accuracy": accuracy, **changes}
-
-    records = [record("A", accuracy) for accuracy in (1.0, 0.96, 0.94, None)]
-    records += [record("B", accuracy) for accuracy in (0.95, 0.9)]
-    records += [record("B", 1.0, stage="equivariance"), record("C", 1.0, protocol="training")]
-    assert robust_shares(records) == {"A": 0.5, "B": 0.5}
-    assert robust_shares([]) == {}
-
-
 # ---------------------------------------------------------------------------------------------------- equivariance
 
 
@@ -211,19 +200,3 @@ def test_transfer_crosses_networks_with_all_rates():
     assert len(set(cells)) == len(cells) == 2 * len(SIZED) * 6 * 3
     assert BASE in SIZED and len(SIZED) == 5
     assert {cell.lr for cell in cells if cell.method == "SGD"} == set(STOCHASTIC["SGD"].lrs)
-
-
-def test_what_a_rate_is_worth_elsewhere():
-    def record(model, lr, loss):
-        return {
-            "protocol": "transfer", "stage": "transfer", "method": "A", "model": model, "lr": lr, "unseen_loss": loss
-        }  # fmt: skip
-
-    other = next(name for name in SIZED if name != BASE)
-    records = [record(BASE, 0.1, 1.0), record(BASE, 0.1, 3.0), record(BASE, 1.0, 0.5), record(BASE, 1.0, None)]
-    records += [record(other, 0.1, 0.4), record(other, 1.0, 0.2)]
-    assert transferred(records) == {
-        ("A", BASE): Transferred(0.1, 2.0, 0.1, 2.0),
-        ("A", other): Transferred(1.0, 0.2, 0.1, 0.4),
-    }
-    assert transferred(records[-2:]) == {}

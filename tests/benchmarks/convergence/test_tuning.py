@@ -116,8 +116,8 @@ def test_grids_have_one_shape():
 
 def test_edges_of_a_grid():
     method = Method("sgd", (0.1, 0.3, 1.0), (0.1, 0.3, 1.0), (0.0,))
-    assert not method.at_edge(Setting(0.3, 0.3, 0.0))
-    assert method.at_edge(Setting(0.1, 0.3, 0.0)) and method.at_edge(Setting(0.3, 1.0, 0.0))
+    assert method.at_edges(0.3, 0.3) == (False, False)
+    assert method.at_edges(0.1, 0.3) == (True, False) and method.at_edges(0.3, 1.0) == (False, True)
 
 
 def test_names_with_a_fixed_decay():
