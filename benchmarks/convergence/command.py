@@ -194,6 +194,9 @@ def convergence_command(
     processes: Processes = 2,
     device: Device = "cpu",
     amp: Amp = False,
+    test_every: Annotated[
+        int, typer.Option(min=1, help="Epochs from one look at the test images to the next.", metavar="N")
+    ] = 1,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help=f"For report.html and {DATABASE}.")] = Path(
         "runs/convergence"
     ),
@@ -233,6 +236,7 @@ def convergence_command(
         warmup=warmup,
         device=device,
         amp=amp,
+        test_every=test_every,
     )
     _check(settings, chosen)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes

@@ -78,8 +78,8 @@ def _section(results: Results, data: str, model: str, records: Sequence[Record],
 _TEXT = f"""
 Every method at its own settings, tuned in as many trials on a validation split; test images are looked at here alone.
 Runs of a seed begin at the same weights and see the same batches. Targets are parts of the median best accuracy of
-`{REFERENCE}` ({", ".join(f"{100 * level:g} %" for level in LEVELS)}), reached on the straight line between the
-accuracies after two epochs; seconds are of training alone, on one thread.
+`{REFERENCE}` ({", ".join(f"{100 * level:g} %" for level in LEVELS)}), reached on the straight line between two looks
+at the test images; seconds are of training alone, on one thread.
 """
 
 
@@ -116,7 +116,7 @@ def _percent(name: str) -> Callable[[Record], float | None]:
 
 
 def _until(results: Results, target: float, which: int) -> Callable[[Record], float | None]:
-    """Epochs (0) or seconds (1) until the test accuracy is there, on straight lines between the ends of epochs;
+    """Epochs (0) or seconds (1) until the test accuracy is there, on straight lines between looks at test images;
     infinite if it never is, and of a run that diverged.
     """
 
@@ -173,7 +173,7 @@ def _methods(
         rows.append([method, *_tuned(method, own), seeds(own), *cells])
     caption = (
         "Median [95 % bootstrap interval] over seeds. Runs: converged of all. Area: mean of the test accuracy over the "
-        "epochs. Halfway: training loss after half of the epochs. Never: the median run, or an end of the interval, "
+        "looks. Halfway: training loss after half of the epochs. Never: the median run, or an end of the interval, "
         "does not get there. *: the lowest or the highest rate of the method's grid, so that one beyond may be better."
     )
     return Table(("method", *SETTINGS, "runs", *measures), rows, caption)

@@ -63,6 +63,7 @@ class Settings:
     warmup: float
     device: str
     amp: bool
+    test_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def train_cell(settings: Settings, folder: Path, cell: Cell, stopping: Stopping)
     """Train one cell to its end, or to where training diverges.
 
     Returns:
-        ``status``; ``accuracy`` and ``best_accuracy`` (fractions), ``area``, the mean accuracy over epochs;
+        ``status``; ``accuracy`` and ``best_accuracy`` (fractions), ``area``, the mean accuracy over looks;
         ``train_loss`` and ``unseen_loss`` of the last epoch; all None if training diverged. ``reason``, why it did;
         ``seconds`` of training alone; ``curves`` by epoch. The whole is None if it was stopped first.
     """
@@ -168,6 +169,7 @@ def begin(settings: Settings, cell: Cell) -> Trainer:
         seed=cell.seed,
         device=device,
         amp=settings.amp,
+        test_every=settings.test_every,
     )
 
 
@@ -204,7 +206,7 @@ def scale_weights_(model: ZooModel, factor: float) -> None:
 def _results(records: Sequence[dict[str, Any]], reason: str | None) -> dict[str, Any]:
     ends = [sum(record["seconds"] for record in records[: index + 1]) for index in range(len(records))]
     curves = {
-        name: [(record["epoch"], record[key], end) for record, end in zip(records, ends, strict=True)]
+        name: [(record["epoch"], record[key], end) for record, end in zip(records, ends, strict=True) if key in record]
         for name, key in (
             ("train_loss", "train_loss"),
             ("unseen_loss", "test_loss"),
@@ -214,7 +216,8 @@ def _results(records: Sequence[dict[str, Any]], reason: str | None) -> dict[str,
     if reason is not None:
         numbers: dict[str, Any] = dict.fromkeys(("accuracy", "best_accuracy", "area", "train_loss", "unseen_loss"))
     else:
-        last, accuracies = records[-1], [record["test_accuracy"] for record in records]
+        last = records[-1]
+        accuracies = [record["test_accuracy"] for record in records if "test_accuracy" in record]
         numbers = {
             "accuracy": last["test_accuracy"],
             "best_accuracy": max(accuracies),

@@ -62,6 +62,17 @@ def test_what_a_cell_returns(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_looks_may_be_epochs_apart(tmp_path):
+    """The curve of the accuracy has the looks alone, the last epoch among them, and is otherwise the same."""
+    every = train(tmp_path)
+    some = train_cell(dataclasses.replace(SETTINGS, test_every=2), tmp_path, CELL, lambda: False)
+    assert [step for step, _, _ in some["curves"]["accuracy"]] == [2, 3]
+    assert [point[:2] for point in some["curves"]["accuracy"]] == [p[:2] for p in every["curves"]["accuracy"][1:]]
+    assert [point[:2] for point in some["curves"]["train_loss"]] == [p[:2] for p in every["curves"]["train_loss"]]
+    assert (some["accuracy"], some["unseen_loss"]) == (every["accuracy"], every["unseen_loss"])
+    assert some["area"] == pytest.approx(statistics.mean(value for _, value, _ in some["curves"]["accuracy"]))
+
+
 def test_tuning_never_sees_the_test_images():
     data = load_data(SETTINGS)
     tuning = begin(SETTINGS, dataclasses.replace(CELL, stage="tuning")).data
