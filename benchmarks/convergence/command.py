@@ -30,9 +30,9 @@ from .methods import METHODS, STOCHASTIC, Setting, find_method
 from .networks import BASE
 from .robustness import map_cells
 from .store import DATABASE, Store
-from .training import TUNING_SEEDS, Cell, Settings, load_data, make_network, train_cell
+from .training import Cell, Settings, load_data, make_network, train_cell
 from .transfer import transfer_cells
-from .tuning import Trial, tune
+from .tuning import TUNING_SEEDS, Trial, tune
 
 __all__ = ["MAIN", "PROTOCOLS", "Benchmark", "convergence_command"]
 
@@ -83,19 +83,19 @@ class Benchmark:
     def _descend(self, protocol: str) -> bool:
         """What theorems speak of; methods that were named and that the protocol does not have are left out."""
         known = descent.PROTOCOLS[protocol].methods
-        methods = [name for name in known if self.methods is None or name in self.methods]
-        work = descent.run_cell
-        if not self._compute(descent.tuning_cells(protocol, methods), work):
+        grids = {name: known[name].grid for name in known if self.methods is None or name in self.methods}
+        tuned = self._tune(grids, partial(descent.tuning_cell, protocol), descent.run_cell, "loss")
+        if tuned is None:
             return False
-        final = descent.final_cells(protocol, self.store.metrics(), self.seeds, methods)
-        return self._compute(final + descent.theorem_cells(protocol, self.seeds, methods), work)
+        final = descent.final_cells(protocol, tuned, self.seeds)
+        return self._compute(final + descent.theorem_cells(protocol, self.seeds, list(grids)), descent.run_cell)
 
     def _train(self) -> bool:
-        tuned = self._tune("training", self.settings.model, self.methods or list(STOCHASTIC))
+        tuned = self._tune_training("training", self.settings.model, self.methods or list(STOCHASTIC))
         return tuned is not None and self._compute(final_cells(self.settings, tuned, self.seeds), self._training)
 
     def _map(self) -> bool:
-        tuned = self._tune("training", self.settings.model, self.methods or MAIN)
+        tuned = self._tune_training("training", self.settings.model, self.methods or MAIN)
         if tuned is None:
             return False
         return self._compute(
@@ -103,7 +103,7 @@ class Benchmark:
         ) and self._compute(map_cells(self.settings, tuned, self.seeds), self._training)
 
     def _transfer(self) -> bool:
-        tuned = self._tune("transfer", BASE, self.methods or MAIN)
+        tuned = self._tune_training("transfer", BASE, self.methods or MAIN)
         return tuned is not None and self._compute(transfer_cells(self.settings, tuned, self.seeds), self._training)
 
     @property
@@ -111,29 +111,48 @@ class Benchmark:
         load_data(self.settings)  # before there are workers: they inherit it
         return partial(train_cell, self.settings, self.store.folder)
 
-    def _tune(self, protocol: str, model: str, methods: Sequence[str]) -> dict[str, Setting] | None:
-        """The best setting of every method on the validation split; None if it was stopped first."""
-        found = {}
-        for method in methods:
-            losses = partial(self._losses, protocol, model, method)
-            tuned = tune(find_method(method).grid, losses, trials=self.trials, seeds=TUNING_SEEDS)
+    def _tune_training(self, protocol: str, model: str, methods: Sequence[str]) -> dict[str, Setting] | None:
+        """Every method by its loss on the validation split."""
+        grids = {method: find_method(method).grid for method in methods}
+        cell = partial(tuning_cell, self.settings, protocol, model)
+        return self._tune(grids, cell, self._training, "unseen_loss")
+
+    def _tune(
+        self,
+        grids: Mapping[str, Sequence[Setting]],
+        cell: Callable[[str, Trial], Any],
+        work: Callable[..., dict[str, Any] | None],
+        result: str,
+    ) -> dict[str, Setting] | None:
+        """The best setting of every method; None if it was stopped first.
+
+        Args:
+            grids: by method.
+            cell: of a method and a trial.
+            work: computes a cell.
+            result: of a cell, the lower the better; it has none if it diverged.
+        """
+
+        def losses(method: str, trials: list[Trial]) -> dict[Trial, float] | None:
+            cells = {trial: cell(method, trial) for trial in trials}
+            if not self._compute(list(cells.values()), work):
+                return None
+            records = finished(self.store, list(cells.values()))
+            found = {trial: records[one][result] for trial, one in cells.items()}
+            return {trial: math.inf if loss is None else loss for trial, loss in found.items()}
+
+        best = {}
+        for method, grid in grids.items():
+            tuned = tune(grid, partial(losses, method), trials=self.trials, seeds=TUNING_SEEDS)
             if tuned is None:
                 return None
-            found[method] = tuned.setting
-        return found
-
-    def _losses(self, protocol: str, model: str, method: str, trials: list[Trial]) -> dict[Trial, float] | None:
-        cells = {trial: tuning_cell(self.settings, protocol, model, method, trial) for trial in trials}
-        if not self._compute(list(cells.values()), self._training):
-            return None
-        records = finished(self.store, list(cells.values()))
-        losses = {trial: records[cell]["unseen_loss"] for trial, cell in cells.items()}
-        return {trial: math.inf if loss is None else loss for trial, loss in losses.items()}
+            best[method] = tuned.setting
+        return best
 
 
 def tuning_cell(settings: Settings, protocol: str, model: str, method: str, trial: Trial) -> Cell:
     """The run of a trial."""
-    setting, epochs = trial.setting, trial.epochs(settings.epochs)
+    setting, epochs = trial.setting, trial.part_of(settings.epochs)
     rates = (setting.lr, setting.euclidean_lr, setting.weight_decay)
     return Cell(protocol, method, settings.data, model, *rates, 1.0, trial.seed, "tuning", epochs)
 

@@ -19,14 +19,14 @@ from .. import optimizers
 from ..cells import TrainingCell
 from ..grid import Stopping
 from ..training import NOT_FINITE
-from .methods import FULL_BATCH, STOCHASTIC, Method
+from .methods import FULL_BATCH, STOCHASTIC, Method, Setting
 from .problems import Problem, make_problem
 from .smoothness import Smoothness, smoothness
 from .trace import Trace
+from .tuning import Trial
 
-__all__ = ["PROTOCOLS", "DescentCell", "Protocol", "final_cells", "run_cell", "theorem_cells", "tuning_cells"]
+__all__ = ["PROTOCOLS", "DescentCell", "Protocol", "final_cells", "run_cell", "theorem_cells", "tuning_cell"]
 
-TUNING_SEEDS = (1000, 1001)
 BATCH = 64
 LOOKS = 64  # at the full gradient in a stochastic run of any length: its least value is then over as many
 STEPS_BETWEEN_STOPS = 50
@@ -56,7 +56,7 @@ class Protocol:
 
     data: str
     methods: Mapping[str, Method]
-    tuning_steps: int
+    tuning_steps: int  # of a whole run
     steps: tuple[int, ...]  # of the final runs
     exponent: float  # of T in the theorem's bound of the squared gradient norm
     theorem_methods: tuple[str, ...] = ()  # those that also run by the theorem's step sizes
@@ -67,10 +67,10 @@ class Protocol:
 
 
 def _for_regression(method: Method) -> Method:
-    """Its output layer sees 100 features of one sign: it takes steps ten times smaller than a classifier's."""
+    """Its output layer sees 100 features of one sign: it takes smaller steps than a classifier's."""
     if method.optimizer == "adam":
         return method
-    return replace(method, euclidean_lrs=tuple(rate / 10 for rate in method.euclidean_lrs))
+    return replace(method, euclidean_lrs=tuple(rate / 30 for rate in method.euclidean_lrs))
 
 
 _BATCHES = ("SGD", "Adam", "PSISGD without momentum", "PSISGD", "PSIAngular")
@@ -78,7 +78,7 @@ PROTOCOLS = {
     "toy": Protocol(
         "toy regression",
         {name: _for_regression(method) for name, method in FULL_BATCH.items()},
-        tuning_steps=200,
+        tuning_steps=1000,
         steps=(1000,),
         exponent=-1.0,
         theorem_methods=("GD", "PSIGD"),
@@ -87,14 +87,17 @@ PROTOCOLS = {
         "digits",
         # On PSI weights RiemannianGD takes the steps of PSIGD, which the toy regression shows.
         {name: method for name, method in FULL_BATCH.items() if name != "RiemannianGD"},
-        tuning_steps=200,
+        tuning_steps=1000,
         steps=(2000,),
         exponent=-1.0,
         theorem_methods=("GD", "PSIGD"),
     ),
     "stochastic": Protocol(
         "digits",
-        {"SGD without momentum": FULL_BATCH["GD"], **{name: STOCHASTIC[name] for name in _BATCHES}},
+        {
+            "SGD without momentum": FULL_BATCH["GD"],
+            **{name: replace(STOCHASTIC[name], weight_decays=(0.0,)) for name in _BATCHES},
+        },
         tuning_steps=512,
         steps=(64, 256, 1024, 4096),
         exponent=-0.5,
@@ -105,85 +108,34 @@ PROTOCOLS = {
 # ------------------------------------------------------------------------------------------------------- the cells
 
 
-def tuning_cells(protocol: str, methods: Sequence[str] | None = None) -> list[DescentCell]:
-    """Every pair of a method's learning rates, without decay, from seeds that the final runs do not have.
-
-    Args:
-        protocol: of `PROTOCOLS`.
-        methods: of the protocol's; None for all.
-
-    Raises:
-        ValueError: a protocol that there is not, or a method that it does not have.
-    """
-    found = _protocol(protocol)
-    return [
-        DescentCell(protocol, name, "tuning", lr, other, seed, found.tuning_steps, data=found.data)
-        for name in _chosen(protocol, methods)
-        for lr, other, seed in product(found.methods[name].lrs, found.methods[name].euclidean_lrs, TUNING_SEEDS)
-    ]
+def tuning_cell(protocol: str, method: str, trial: Trial) -> DescentCell:
+    """The run of a trial."""
+    found = PROTOCOLS[protocol]
+    setting, steps = trial.setting, trial.part_of(found.tuning_steps)
+    return DescentCell(protocol, method, "tuning", setting.lr, setting.euclidean_lr, trial.seed, steps, data=found.data)
 
 
-def final_cells(
-    protocol: str, records: Sequence[Mapping[str, Any]], seeds: int, methods: Sequence[str] | None = None
-) -> list[DescentCell]:
-    """Every method at its best learning rates, from every seed; in the stochastic protocol for every number of steps.
-
-    Best is the lowest mean loss after the steps of tuning. The gradient norm would mislead: plateaus have small ones.
-
-    Args:
-        protocol: of `PROTOCOLS`.
-        records: of finished cells, those of `tuning_cells` among them.
-        seeds: how many.
-        methods: of the protocol's; None for all.
-
-    Raises:
-        ValueError: as `tuning_cells`; or a method without a finished tuning run, or that diverged in all.
-    """
-    found = _protocol(protocol)
+def final_cells(protocol: str, tuned: Mapping[str, Setting], seeds: int) -> list[DescentCell]:
+    """Every method at its own learning rates, from every seed; in the stochastic protocol for every number of steps."""
+    found = PROTOCOLS[protocol]
     cells = []
-    for name in _chosen(protocol, methods):
-        lr, other = _best_rates(protocol, name, records)
-        for seed, steps in product(range(seeds), found.steps):
-            factor = found.rate_factor(steps)
-            cell = DescentCell(protocol, name, "final", lr * factor, other * factor, seed, steps, data=found.data)
-            cells.append(cell)
+    for (name, setting), seed, steps in product(tuned.items(), range(seeds), found.steps):
+        factor = found.rate_factor(steps)
+        rates = (setting.lr * factor, setting.euclidean_lr * factor)
+        cells.append(DescentCell(protocol, name, "final", *rates, seed, steps, data=found.data))
     return cells
 
 
-def theorem_cells(protocol: str, seeds: int, methods: Sequence[str] | None = None) -> list[DescentCell]:
-    """Methods that Theorems 2 and 4 speak of, by their step sizes, from unit norms: there the first steps are equal."""
-    found = _protocol(protocol)
-    chosen = [name for name in _chosen(protocol, methods) if name in found.theorem_methods]
+def theorem_cells(protocol: str, seeds: int, methods: Sequence[str]) -> list[DescentCell]:
+    """Those of the methods that Theorems 2 and 4 speak of, by their step sizes, from unit norms: there the first steps
+    are equal.
+    """
+    found = PROTOCOLS[protocol]
     return [
         DescentCell(protocol, name, "theorem", 1.0, 1.0, seed, steps, "unit", found.data)
-        for name, seed, steps in product(chosen, range(seeds), found.steps)
+        for name, seed, steps in product(found.theorem_methods, range(seeds), found.steps)
+        if name in methods
     ]
-
-
-def _protocol(name: str) -> Protocol:
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
-    return PROTOCOLS[name]
-
-
-def _chosen(protocol: str, methods: Sequence[str] | None) -> list[str]:
-    known = PROTOCOLS[protocol].methods
-    for name in methods or ():
-        if name not in known:
-            raise ValueError(f"methods of {protocol} must be of {', '.join(known)}, got {name!r}")
-    return list(known if methods is None else methods)
-
-
-def _best_rates(protocol: str, method: str, records: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    losses: dict[tuple[float, float], list[float]] = {}
-    for record in records:
-        if (record["protocol"], record["method"], record["stage"]) == (protocol, method, "tuning"):
-            loss = math.inf if record["loss"] is None else record["loss"]
-            losses.setdefault((record["lr"], record["euclidean_lr"]), []).append(loss)
-    means = {rates: math.fsum(values) / len(values) for rates, values in losses.items()}
-    if not means or min(means.values()) == math.inf:
-        raise ValueError(f"{method} has no tuning run of {protocol} that did not diverge")
-    return min(means, key=means.__getitem__)
 
 
 # ------------------------------------------------------------------------------------------------------ their runs

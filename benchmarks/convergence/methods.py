@@ -64,7 +64,7 @@ class Method:
     def at_edges(self, lr: float, euclidean_lr: float) -> tuple[bool, bool]:
         """Whether each learning rate is the lowest or the highest of its grid, so that one beyond may be better."""
         pairs = ((lr, self.lrs), (euclidean_lr, self.euclidean_lrs))
-        first, second = (rate in (min(rates), max(rates)) for rate, rates in pairs)
+        first, second = (any(math.isclose(rate, end) for end in (min(rates), max(rates))) for rate, rates in pairs)
         return first, second
 
     def build(
@@ -107,7 +107,8 @@ def _rates(lowest: float, count: int = 6) -> tuple[float, ...]:
 
 
 SGD_RATES, SGD_OTHERS, SGD_DECAYS = _rates(0.01), _rates(0.1, 3), (0.0, 5e-4)
-ADAM_RATES, ADAM_OTHERS, ADAM_DECAYS = _rates(1e-4), _rates(1e-3, 3), (0.0, 0.05)
+GROWING = _rates(0.03)  # of methods under which norms grow, so that steps shrink: they want higher rates
+ADAM_RATES, ADAM_OTHERS, ADAM_DECAYS = _rates(3e-4), _rates(1e-3, 3), (0.0, 0.05)
 ANGLES = _rates(1e-3)  # radians
 
 
@@ -116,12 +117,12 @@ def _sgd(optimizer: str, lrs: tuple[float, ...] = SGD_RATES, momentum: float = 0
 
 
 STOCHASTIC: dict[str, Method] = {
-    "SGD": _sgd("sgd"),
-    "SGD Nesterov": _sgd("nesterov"),
+    "SGD": _sgd("sgd", GROWING),
+    "SGD Nesterov": _sgd("nesterov", GROWING),
     "Adam": Method("adam", ADAM_RATES, ADAM_OTHERS, SGD_DECAYS),
     "AdamW": Method("adamw", ADAM_RATES, ADAM_OTHERS, ADAM_DECAYS),
     "Muon": Method("muon", _rates(1e-3), ADAM_OTHERS, ADAM_DECAYS, momentum=0.95),
-    "SGDP": _sgd("sgdp"),
+    "SGDP": _sgd("sgdp", GROWING),
     "AdamP": Method("adamp", ADAM_RATES, ADAM_OTHERS, ADAM_DECAYS),
     "geoopt RiemannianSGD (Sphere)": _sgd("geoopt-sphere"),
     "geoopt RiemannianAdam (Sphere)": Method("geoopt-sphere-adam", _rates(1e-3), ADAM_OTHERS, SGD_DECAYS),
@@ -138,17 +139,24 @@ STOCHASTIC: dict[str, Method] = {
 }
 """What trains on batches."""
 
+FULL_BATCH_RATES, FULL_BATCH_OTHERS = _rates(0.1), _rates(0.1, 4)
+
+
+def _descent(optimizer: str, lrs: tuple[float, ...] = FULL_BATCH_RATES, momentum: float = 0.0) -> Method:
+    return Method(optimizer, lrs, FULL_BATCH_OTHERS, (0.0,), momentum)
+
+
 FULL_BATCH: dict[str, Method] = {
-    "GD": _sgd("sgd", _rates(0.03), momentum=0.0),
-    "GD momentum": _sgd("sgd"),
-    "PSIGD": Method("psigd", _rates(0.03), SGD_OTHERS, (0.0,)),
-    "PSIGD momentum": _sgd("psisgd"),
-    "RiemannianGD": Method("riemannian-gd", _rates(0.03), SGD_OTHERS, (0.0,)),
-    "Adam": STOCHASTIC["Adam"],
+    "GD": _descent("sgd"),
+    "GD momentum": _descent("sgd", GROWING, momentum=0.9),
+    "PSIGD": _descent("psigd"),
+    "PSIGD momentum": _descent("psisgd", GROWING, momentum=0.9),
+    "RiemannianGD": _descent("riemannian-gd"),
+    "Adam": Method("adam", _rates(1e-3), _rates(1e-3, 4), (0.0,)),
 }
 """What descends on all data at once; its convergence is measured without decay."""
 
-METHODS: dict[str, Method] = {**STOCHASTIC, **FULL_BATCH}
+METHODS: dict[str, Method] = {**STOCHASTIC, **FULL_BATCH, "Adam": STOCHASTIC["Adam"]}
 FIXED_DECAY = ", decay "  # and a number, after a method's name
 
 

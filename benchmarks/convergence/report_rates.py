@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..report import Figure, Section, Table
+from .descent import PROTOCOLS
 from .export import Results
 from .figures import Band, two_panels
 from .rates import WINDOW, RateFit, fit_rate
 from .statistics import PairedTest, compare_pairs
 from .summary import (
+    AT_EDGE,
     SETTINGS,
     band,
     by_method,
@@ -23,8 +25,8 @@ from .summary import (
     grouped,
     number,
     seeds,
-    settings,
     spread,
+    tuned,
 )
 
 __all__ = ["CURVES", "rate_sections"]
@@ -121,20 +123,21 @@ def _band(results: Results, runs: Sequence[Record]) -> Band | None:
 
 
 def _exponents(results: Results, part: Part, records: Sequence[Record]) -> Table:
-    rows = []
+    rows, protocol = [], PROTOCOLS[records[0]["protocol"]]
     for method, runs in by_method(records).items():
         longest = max(run["steps"] for run in runs)
         last = [run for run in runs if run["steps"] == longest]
         metric, euclidean = (_fit(results, runs, name, part.exponent) for name in (METRIC, EUCLIDEAN))
         least = spread(by_seed(last, METRIC).values(), ".2g")
         beside = "–" if metric is None else metric.worded()
-        rows.append([method, *settings(last), seeds(runs), least, _fit_text(metric), beside, _fit_text(euclidean)])
+        own = tuned(last, protocol.methods[method], protocol.rate_factor(longest))
+        rows.append([method, *own, seeds(runs), least, _fit_text(metric), beside, _fit_text(euclidean)])
     header = ("method", *SETTINGS, "runs", "least squared norm", "exponent", "beside the bound", "exponent, Euclidean")
     window = "all T" if part.exponent == -0.5 else f"the last T, from their end over {WINDOW:g}"
     caption = (
         "Learning rates and least norm of the longest runs: median [95 % bootstrap interval] over seeds. Exponent of "
         f"T, fitted over {window}: mean [95 % interval] over seeds. Euclidean: of the gradient with respect to the "
-        "weights as they are. Runs: converged of all."
+        f"weights as they are. Runs: converged of all. {AT_EDGE}"
     )
     return Table(header, rows, caption)
 
@@ -221,7 +224,7 @@ def _gain_words(gains: Mapping[str, Gain]) -> list[str]:
     sentences = ["The theory has `PSIGD` ahead of `GD` by a constant factor, |w|² of `GD`'s filters at most."]
     for name, gain in gains.items():
         test = gain.test
-        ratio = f"{10**test.difference:.3g} [{10**test.low:.3g}, {10**test.high:.3g}]"
+        ratio = f"{_ratio(test.difference)} [{_ratio(test.low)}, {_ratio(test.high)}]"
         if not test.seen:
             shown = "no difference seen, the gain does not show"
         elif test.difference < 0:
@@ -232,18 +235,25 @@ def _gain_words(gains: Mapping[str, Gain]) -> list[str]:
             shown = "the gain shows"
         sentences.append(
             f"{name[0].upper()}{name[1:]} `GD`'s least squared norm is {ratio} times `PSIGD`'s (p = {test.p:.2g}, "
-            f"{test.seeds} seeds), |w|² {gain.most:.3g}: {shown}."
+            f"{test.seeds} seeds), |w|² {_ratio(math.log10(gain.most))}: {shown}."
         )
     return [" ".join(sentences)]
+
+
+def _ratio(decades: float) -> str:
+    """Of so many decades: "0.28"; near one with what it differs by, "1.00031"."""
+    value = 10**decades
+    digits = 3 if abs(value - 1) > 0.05 else 3 - math.floor(math.log10(max(abs(value - 1), 1e-6)))
+    return f"{value:.{digits}g}"
 
 
 def _gain_table(gains: Mapping[str, Gain]) -> Table:
     rows = []
     for name, gain in gains.items():
         test = gain.test
-        ratios = [f"{10**x:.3g}" for x in (test.difference, test.low, test.high)]
+        ratios = [_ratio(x) for x in (test.difference, test.low, test.high, math.log10(gain.most))]
         sure = [number(test.p, ".2g"), number(test.wilcoxon_p, ".2g"), number(test.cohens_d, ".2f")]
-        rows.append([name, *ratios, f"{gain.most:.3g}", *sure])
+        rows.append([name, *ratios, *sure])
     header = ("step sizes", "GD over PSIGD", "low", "high", "|w|² of GD", "p", "p, Wilcoxon", "Cohen's d")
     caption = (
         "Ratio of least squared gradient norms in the metric, paired by seed: geometric mean and 95 % interval, "

@@ -45,7 +45,7 @@ def _region(grids: Mapping[str, Grid]) -> tuple[str, list[Figure | Table]]:
     """What was done, the maps, and the regions' areas."""
     medians = {method: {place: _median(runs) for place, runs in grid.items()} for method, grid in grids.items()}
     bar = SHARE * max(value for found in medians.values() for value in found.values())
-    areas = {method: _areas(grid, bar) for method, grid in grids.items()}
+    areas = {method: _shares(grid, bar) for method, grid in grids.items()}
     reference = areas.get(REFERENCE, {})
     tests = compare_pairs({method: (found, reference) for method, found in areas.items() if method != REFERENCE})
     text = (
@@ -57,7 +57,7 @@ def _region(grids: Mapping[str, Grid]) -> tuple[str, list[Figure | Table]]:
         "Median accuracy over seeds in percent; 0 for a run that diverged, × where the median run did. Framed: in the "
         "region. Learning rates in parts of the middle one of the method's range."
     )
-    return text, [Figure(_maps(grids, medians, bar), caption), _areas_table(grids, areas, tests)]
+    return text, [Figure(_maps(grids, medians, bar), caption), _areas_table(grids, bar, areas, tests)]
 
 
 def _accuracy(run: Record) -> float:
@@ -69,7 +69,7 @@ def _median(runs: Sequence[Record]) -> float:
     return statistics.median(map(_accuracy, runs))
 
 
-def _areas(grid: Grid, bar: float) -> dict[int, float]:
+def _shares(grid: Grid, bar: float) -> dict[int, float]:
     """By seed: the part of the cells that reach the bar, in percent; of seeds that all cells were run from."""
     reached: dict[int, list[bool]] = {}
     for runs in grid.values():
@@ -78,8 +78,20 @@ def _areas(grid: Grid, bar: float) -> dict[int, float]:
     return {seed: 100 * statistics.mean(found) for seed, found in reached.items() if len(found) == len(grid)}
 
 
+def _row(grid: Grid) -> Grid:
+    """The cells of the usual start."""
+    return {(start, lr): runs for (start, lr), runs in grid.items() if start == USUAL}
+
+
+def _column(grid: Grid) -> Grid:
+    """The cells of the tuned learning rate, the one in the middle."""
+    rates = sorted({lr for _, lr in grid})
+    middle = rates[(len(rates) - 1) // 2]
+    return {(start, lr): runs for (start, lr), runs in grid.items() if lr == middle}
+
+
 def _areas_table(
-    grids: Mapping[str, Grid], areas: Mapping[str, Mapping[int, float]], tests: Mapping[str, PairedTest]
+    grids: Mapping[str, Grid], bar: float, areas: Mapping[str, Mapping[int, float]], tests: Mapping[str, PairedTest]
 ) -> Table:
     rows = []
     for method, grid in grids.items():
@@ -92,12 +104,14 @@ def _areas_table(
             p = number(test.p, ".2g")
         rates = [f"{rate:.2g}" for rate in (min(lr for _, lr in grid), max(lr for _, lr in grid))]
         area = spread(areas[method].values(), ".1f")
-        rows.append([method, " to ".join(rates), str(len(grid)), seeds(runs), area, less, p, words])
-    less = f"less {REFERENCE}"
-    header = ("method", "learning rates", "cells", "runs", "region, % of cells", less, "p", f"beside {REFERENCE}")
+        lines = [spread(_shares(part, bar).values(), ".0f") for part in (_column(grid), _row(grid))]
+        rows.append([method, " to ".join(rates), str(len(grid)), seeds(runs), *lines, area, less, p, words])
+    parts = ("scales at the tuned rate, %", "rates from the usual start, %", "region, % of cells")
+    header = ("method", "learning rates", "cells", "runs", *parts, f"less {REFERENCE}", "p", f"beside {REFERENCE}")
     caption = (
-        f"Region: median [95 % bootstrap interval] over seeds. Less {REFERENCE}: mean [95 % interval], paired by seed; "
-        "p-values of the t-test, corrected by Holm. Runs: converged of all."
+        "How many scales, rates and cells of both are in the region: median [95 % bootstrap interval] over seeds. Less "
+        f"{REFERENCE}: mean difference of the cells [95 % interval], paired by seed; p-values of the t-test, corrected "
+        "by Holm. Runs: converged of all."
     )
     return Table(header, rows, caption)
 

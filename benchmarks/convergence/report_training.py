@@ -13,6 +13,7 @@ from .figures import two_panels
 from .methods import find_method
 from .statistics import PairedTest, compare_pairs, wilcoxon_floor
 from .summary import (
+    AT_EDGE,
     SETTINGS,
     by_method,
     converged,
@@ -20,8 +21,8 @@ from .summary import (
     grouped,
     number,
     seeds,
-    settings,
     spread,
+    tuned,
     verdict,
 )
 
@@ -170,19 +171,13 @@ def _methods(
             cells = ["diverged"] * len(measures)
         else:
             cells = [spread(values[method][name].values(), measure.form) for name, measure in measures.items()]
-        rows.append([method, *_tuned(method, own), seeds(own), *cells])
+        rows.append([method, *tuned(own, find_method(method)), seeds(own), *cells])
     caption = (
         "Median [95 % bootstrap interval] over seeds. Runs: converged of all. Area: mean of the test accuracy over the "
         "looks. Halfway: training loss after half of the epochs. Never: the median run, or an end of the interval, "
-        "does not get there. *: the lowest or the highest rate of the method's grid, so that one beyond may be better."
+        f"does not get there. {AT_EDGE}"
     )
     return Table(("method", *SETTINGS, "runs", *measures), rows, caption)
-
-
-def _tuned(method: str, runs: Sequence[Record]) -> list[str]:
-    """The settings, with a star after a rate at the end of the method's grid."""
-    edges = find_method(method).at_edges(runs[0]["lr"], runs[0]["euclidean_lr"])
-    return [text + "*" * edge for text, edge in zip(settings(runs), (*edges, False), strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------- comparisons

@@ -10,10 +10,11 @@ import numpy as np
 
 from .export import Results
 from .figures import Band
-from .methods import METHODS
+from .methods import METHODS, Method
 from .statistics import PairedTest, median_interval
 
 __all__ = [
+    "AT_EDGE",
     "SETTINGS",
     "band",
     "by_method",
@@ -26,11 +27,14 @@ __all__ = [
     "seeds",
     "settings",
     "spread",
+    "tuned",
     "verdict",
 ]
 
 SETTINGS = ("lr", "lr of others", "decay")
 """The header of `settings`."""
+AT_EDGE = "*: the lowest or the highest rate of the method's grid, so that one beyond may be better."
+"""What `tuned` marks."""
 
 RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap of bands
 
@@ -76,6 +80,18 @@ def seeds(records: Sequence[Record]) -> str:
 def settings(records: Sequence[Record]) -> list[str]:
     """The learning rates and the decay of runs of one method; their range where they differ."""
     return [_range([record.get(name) for record in records]) for name in ("lr", "euclidean_lr", "weight_decay")]
+
+
+def tuned(records: Sequence[Record], method: Method, factor: float = 1.0) -> list[str]:
+    """The settings of runs of one method, with a star after a rate at the end of its grid.
+
+    Args:
+        records: the runs.
+        method: whose grid it is.
+        factor: of the rates of these runs, over those that were tuned.
+    """
+    edges = method.at_edges(records[0]["lr"] / factor, records[0]["euclidean_lr"] / factor)
+    return [text + "*" * edge for text, edge in zip(settings(records), (*edges, False), strict=True)]
 
 
 def _range(values: Sequence[float | None]) -> str:

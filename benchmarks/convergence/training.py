@@ -29,7 +29,6 @@ from .networks import sized_cnn
 from .store import DIVERGED, FINISHED
 
 __all__ = [
-    "TUNING_SEEDS",
     "Cell",
     "RefusedError",
     "Settings",
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 VALIDATION = 0.1  # of the training images
-TUNING_SEEDS = (1000, 1001)
 EXAMPLES = 32  # images to measure a network with
 CHECKPOINTED = 100_000  # images seen by a run that is worth going on with; a shorter one begins anew
 

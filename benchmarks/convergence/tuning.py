@@ -15,10 +15,12 @@ import numpy as np
 
 from .methods import Setting
 
-__all__ = ["BUDGETS", "Trial", "Tuned", "tune"]
+__all__ = ["TUNING_SEEDS", "Trial", "Tuned", "tune"]
 
+TUNING_SEEDS = (1000, 1001)
+"""Of the runs that settings are chosen by; no run of a comparison has them."""
 FACTOR = 3  # a third of the settings goes on
-BUDGETS = (1, 3, 9)  # of a round's runs, in ninths of a whole run
+WHOLE = 9  # ninths, of the runs of the last round: a run of the round before is a third as long
 WORST = 1e9  # stands for the loss of a run that diverged, in sums that have to stay finite
 
 
@@ -30,9 +32,9 @@ class Trial:
     ninths: int
     seed: int
 
-    def epochs(self, whole: int) -> int:
-        """How long it trains, if a whole run has so many epochs: 1 at least."""
-        return max(1, round(whole * self.ninths / BUDGETS[-1]))
+    def part_of(self, whole: int) -> int:
+        """How many epochs or steps it takes, if a whole run has so many: 1 at least."""
+        return max(1, round(whole * self.ninths / WHOLE))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _search(
         factor=FACTOR,
         resource="ninths",
         min_resources="exhaust",  # few trials begin with longer runs, so that the last round is of whole ones
-        max_resources=BUDGETS[-1],
+        max_resources=WHOLE,
         cv=[([index], [index]) for index in range(len(seeds))],
         refit=False,
         random_state=0,

@@ -1,5 +1,6 @@
 """`retract bench convergence`: from tuning to comparison, stopped and killed at any moment, and gone on with."""
 
+import math
 import os
 import signal
 import sqlite3
@@ -19,7 +20,8 @@ from retract.benchmarks.convergence import training as convergence_training
 from retract.benchmarks.convergence.command import Benchmark
 from retract.benchmarks.convergence.methods import STOCHASTIC
 from retract.benchmarks.convergence.store import DATABASE, Store
-from retract.benchmarks.convergence.training import TUNING_SEEDS, Settings
+from retract.benchmarks.convergence.training import Settings
+from retract.benchmarks.convergence.tuning import TUNING_SEEDS
 
 SETTINGS = Settings("digits", None, 100, None, False, "digitsnet", 2, 64, "cosine", 0.0, "cpu", False)
 OPTIONS = ["--protocols", "training", "--methods", "PSISGD", "--subset", "100", "--epochs", "1", "--trials", "1"]
@@ -95,14 +97,22 @@ def test_robustness_tunes_as_training_does(tmp_path, monkeypatch):
     assert all((value == "diverged") == high for (_, high), value in status.items())
 
 
-def test_protocols_of_theorems_leave_out_methods_that_they_do_not_have(tmp_path, monkeypatch):
-    asked = []
-    descent = convergence.descent
-    monkeypatch.setattr(descent, "tuning_cells", lambda protocol, methods: asked.append((protocol, methods)) or [])
-    monkeypatch.setattr(descent, "final_cells", lambda protocol, records, seeds, methods: [])
-    monkeypatch.setattr(descent, "theorem_cells", lambda protocol, seeds, methods: [])
-    assert benchmark(tmp_path, ["GD", "Muon"]).run(["toy", "stochastic"])
-    assert asked == [("toy", ["GD"]), ("stochastic", [])]
+def test_protocols_of_theorems_tune_as_training_does(tmp_path, monkeypatch):
+    """By the loss at the end of the longest runs; methods that they do not have are left out."""
+    protocols = convergence.descent.PROTOCOLS
+    monkeypatch.setitem(protocols, "toy", replace(protocols["toy"], tuning_steps=9, steps=(20,)))
+    run = benchmark(tmp_path, ["GD", "Muon"])
+    assert run.run(["toy", "stochastic"])
+    assert counts(run.store) == {("toy", stage, "GD"): n for stage, n in (("tuning", 8), ("final", 2), ("theorem", 2))}
+    records = run.store.metrics()
+    short, whole = ([r for r in records if r["stage"] == "tuning" and r["steps"] == steps] for steps in (3, 9))
+    losses = {}
+    for record in short:
+        losses.setdefault((record["lr"], record["euclidean_lr"]), []).append(record["loss"] or math.inf)
+    best = min(losses, key=lambda rates: sum(losses[rates]))
+    final = [record for record in records if record["stage"] == "final"]
+    assert {(record["lr"], record["euclidean_lr"]) for record in whole + final} == {best}
+    assert {record["seed"] for record in whole} == set(TUNING_SEEDS)
 
 
 def test_the_main_methods_are_methods():

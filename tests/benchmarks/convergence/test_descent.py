@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,15 +12,16 @@ import torch
 from retract.benchmarks.convergence.descent import (
     LOOKS,
     PROTOCOLS,
-    TUNING_SEEDS,
     DescentCell,
     final_cells,
     run_cell,
     theorem_cells,
-    tuning_cells,
+    tuning_cell,
 )
+from retract.benchmarks.convergence.methods import Setting
 from retract.benchmarks.convergence.problems import PROBLEMS, make_problem
 from retract.benchmarks.convergence.smoothness import smoothness
+from retract.benchmarks.convergence.tuning import Trial
 
 
 @pytest.fixture(autouse=True)
@@ -56,68 +56,45 @@ def values(record, name):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_every_method_tries_as_many_settings(protocol):
-    cells = tuning_cells(protocol)
-    assert len(set(cells)) == len(cells)
-    counts = Counter(found.method for found in cells)
-    assert counts.keys() == PROTOCOLS[protocol].methods.keys() and len(set(counts.values())) == 1
-    assert {found.seed for found in cells} == set(TUNING_SEEDS) and {found.weight_decay for found in cells} == {0.0}
+def test_every_method_has_a_grid_of_half_decades_without_decay(protocol):
+    grids = [method.grid for method in PROTOCOLS[protocol].methods.values()]
+    assert all(len(set(grid)) == len(grid) >= 18 for grid in grids)
+    assert {setting.weight_decay for grid in grids for setting in grid} == {0.0}
+    if protocol != "stochastic":
+        assert len({len(grid) for grid in grids}) == 1
 
 
-def tuned(cells, loss):
-    return [{**asdict(found), "loss": loss(found)} for found in cells]
+def test_a_trial_is_a_run_of_so_many_ninths_of_the_steps():
+    setting = Setting(0.3, 0.1, 0.0)
+    cells = [tuning_cell("descent", "GD", Trial(setting, ninths, 1001)) for ninths in (1, 3, 9)]
+    assert [found.steps for found in cells] == [111, 333, 1000]
+    assert cells[0] == DescentCell("descent", "GD", "tuning", 0.3, 0.1, 1001, 111, data="digits")
 
 
-def test_final_runs_have_the_rates_of_the_lowest_mean_loss():
-    """A setting that wins on one tuning seed and diverges on the other is not chosen."""
-    cells = tuning_cells("descent", ["GD"])
-    lrs, others = PROTOCOLS["descent"].methods["GD"].lrs, PROTOCOLS["descent"].methods["GD"].euclidean_lrs
-
-    def loss(found):
-        if (found.lr, found.euclidean_lr) == (lrs[2], others[1]):
-            return 1.0
-        if (found.lr, found.euclidean_lr) == (lrs[3], others[1]):
-            return 0.1 if found.seed == TUNING_SEEDS[0] else None
-        return 1.5 if found.seed == TUNING_SEEDS[0] else 0.9
-
-    others_records = tuned(tuning_cells("toy", ["GD"]), lambda found: 0.0)
-    finals = final_cells("descent", tuned(cells, loss) + others_records, 3, ["GD"])
+def test_final_runs_have_the_tuned_rates():
+    finals = final_cells("descent", {"GD": Setting(0.3, 0.1, 0.0), "PSIGD": Setting(1.0, 0.3, 0.0)}, 3)
     assert finals == [
-        DescentCell("descent", "GD", "final", lrs[2], others[1], seed, 2000, data="digits") for seed in range(3)
+        DescentCell("descent", name, "final", *rates, seed, 2000, data="digits")
+        for name, rates in (("GD", (0.3, 0.1)), ("PSIGD", (1.0, 0.3)))
+        for seed in range(3)
     ]
 
 
 def test_stochastic_rates_go_down_with_the_root_of_the_steps():
-    cells = tuning_cells("stochastic", ["SGD"])
-    finals = final_cells("stochastic", tuned(cells, lambda found: abs(found.lr - 0.1) + found.euclidean_lr), 1, ["SGD"])
+    finals = final_cells("stochastic", {"SGD": Setting(0.1, 0.3, 0.0)}, 1)
     protocol = PROTOCOLS["stochastic"]
     assert [found.steps for found in finals] == list(protocol.steps)
     for found in finals:
         factor = math.sqrt(protocol.tuning_steps / found.steps)
-        assert (found.lr, found.euclidean_lr) == pytest.approx((0.1 * factor, 0.1 * factor))
-
-
-def test_no_final_run_of_a_method_that_diverged_or_was_not_tuned():
-    cells = tuned(tuning_cells("toy", ["GD"]), lambda found: None)
-    with pytest.raises(ValueError, match="GD has no tuning run of toy that did not diverge"):
-        final_cells("toy", cells, 2, ["GD"])
-    with pytest.raises(ValueError, match="PSIGD has no tuning run of toy"):
-        final_cells("toy", cells, 2, ["PSIGD"])
+        assert (found.lr, found.euclidean_lr) == pytest.approx((0.1 * factor, 0.3 * factor))
 
 
 def test_theorems_are_tried_from_unit_norms_by_methods_without_momentum():
-    cells = theorem_cells("descent", 2)
+    cells = theorem_cells("descent", 2, ["PSIGD", "Adam", "GD"])
     assert [(found.method, found.seed, found.start) for found in cells] == [
         (method, seed, "unit") for method in ("GD", "PSIGD") for seed in range(2)
     ]
-    assert theorem_cells("descent", 2, ["Adam"]) == [] == theorem_cells("stochastic", 2)
-
-
-def test_unknown_names():
-    with pytest.raises(ValueError, match="protocol must be one of toy, descent, stochastic, got 'training'"):
-        tuning_cells("training")
-    with pytest.raises(ValueError, match=r"methods of toy must be of GD, .*, got 'SGD'"):
-        theorem_cells("toy", 1, ["GD", "SGD"])
+    assert theorem_cells("descent", 2, ["Adam"]) == [] == theorem_cells("stochastic", 2, ["SGD"])
 
 
 # --------------------------------------------------------------------------------------------------- full-batch runs
@@ -215,7 +192,7 @@ def test_the_theorems_bound_holds(protocol, method):
 
 
 def test_the_theorems_steps_are_those_of_the_constants_at_the_start():
-    record = run_cell(replace(theorem_cells("descent", 1)[0], steps=4), never)
+    record = run_cell(replace(theorem_cells("descent", 1, ["GD"])[0], steps=4), never)
     known = smoothness(make_problem("digits", 0, "unit"))
     assert (record["step"], record["euclidean_step"]) == pytest.approx((known.step, known.euclidean_step), rel=1e-6)
     by_number = run_cell(cell("GD", lr=known.step, other=known.euclidean_step, steps=4, start="unit"), never)
@@ -226,7 +203,7 @@ def test_the_theorems_steps_are_those_of_the_constants_at_the_start():
 
 def test_norms_grow_in_gradient_descent_alone():
     """Lemma 1: by the squares of the steps."""
-    descent, psi = (run_cell(replace(found, steps=3), never) for found in theorem_cells("descent", 1))
+    descent, psi = (run_cell(replace(found, steps=3), never) for found in theorem_cells("descent", 1, ["GD", "PSIGD"]))
     assert values(psi, "mean_square_norm") == pytest.approx([1, 1, 1], rel=1e-12)
     grown = values(descent, "mean_square_norm")
     assert grown[0] == pytest.approx(1, rel=1e-12) and 1 < grown[1] < grown[2]

@@ -183,6 +183,10 @@ def test_regions_are_measured_over_all_cells(tmp_path: Path) -> None:
     areas, named = tables(section)
     assert by_first(areas)["SGD"]["region, % of cells"] == "40.0"  # 3 of 5 scales, 2 of 3 rates
     assert by_first(areas)["PSISGD"]["region, % of cells"] == "66.7"
+    parts = [
+        (row["scales at the tuned rate, %"], row["rates from the usual start, %"]) for row in by_first(areas).values()
+    ]
+    assert parts == [("60", "67"), ("100", "67")]
     assert (by_first(areas)["SGD"]["cells"], by_first(areas)["SGD"]["runs"]) == ("15", "12 of 17")
     assert by_first(named)["SGD"]["filters"].startswith("50.00") and by_first(named)["PSISGD"]["filters"].startswith(
         "95.00"

@@ -94,10 +94,10 @@ def test_nothing_to_tune_is_an_error():
             tune(grid, loss, trials=trials, seeds=seeds)
 
 
-def test_epochs_of_a_trial():
-    assert [Trial(BEST, ninths, 0).epochs(9) for ninths in (1, 3, 9)] == [1, 3, 9]
-    assert [Trial(BEST, ninths, 0).epochs(40) for ninths in (1, 3, 9)] == [4, 13, 40]
-    assert Trial(BEST, 1, 0).epochs(2) == 1
+def test_the_length_of_a_trial():
+    assert [Trial(BEST, ninths, 0).part_of(9) for ninths in (1, 3, 9)] == [1, 3, 9]
+    assert [Trial(BEST, ninths, 0).part_of(40) for ninths in (1, 3, 9)] == [4, 13, 40]
+    assert Trial(BEST, 1, 0).part_of(2) == 1
 
 
 # ----------------------------------------------------------------------------------------------------- the methods
