@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import update_bn
 
 from retract.nets.cnn import MODELS, ZooModel
 
@@ -155,6 +156,8 @@ def begin(settings: Settings, cell: Cell) -> Trainer:
         optimizer = find_method(cell.method).build(model, example.to(device), cell.setting)
     except ValueError as error:
         raise RefusedError(str(error)) from error
+    # What BatchNorm took the statistics of may have other norms now: an evaluation would not be of what trains.
+    update_bn([example.to(device)], model)
     return Trainer(
         model,
         optimizer,

@@ -161,6 +161,21 @@ def test_a_scaled_start_is_the_same_function_and_only_manifolds_train_alike(tmp_
     assert apart["PSISGD"] < 1e-3 < 0.05 < apart["SGD"]
 
 
+@pytest.mark.parametrize("method", ["SGD", "PSISGD", "unit norm", "SGD-G", "geoopt RiemannianSGD (Sphere)"])
+def test_a_scaled_start_is_evaluated_as_the_usual_one(method):
+    """BatchNorm's statistics are those of the weights as they are, whatever the method made of their norms."""
+    outputs = []
+    for start in (1.0, 10.0, 1000.0):
+        trainer = begin(SETTINGS, dataclasses.replace(CELL, method=method, start=start))
+        images = trainer.data.normalizer()(trainer.data.test_images[:50])
+        train_mode = trainer.model(images)
+        trainer = begin(SETTINGS, dataclasses.replace(CELL, method=method, start=start))
+        outputs.append(trainer.model.eval()(images))
+        assert (outputs[-1] - train_mode).norm() < 0.5 * train_mode.norm()
+    for other in outputs[1:]:
+        assert (other - outputs[0]).norm() < 1e-2 * outputs[0].norm()
+
+
 # ---------------------------------------------------------------------------------------------------- equivariance
 
 
