@@ -55,7 +55,7 @@ def export(
     *,
     facts: Mapping[str, str],
     curves: Callable[[Record], Mapping[str, Sequence[Point]]],
-    without: Sequence[str] = (),
+    without: Callable[[Record], Sequence[str]] = lambda _: (),
     leave_out: Sequence[str] = (),
 ) -> Path:
     """Write results to ``path``, and return it.
@@ -65,14 +65,14 @@ def export(
         path: of a JSON file.
         facts: as of `.provenance.provenance`.
         curves: of a cell, those to keep, by name; of all points' numbers or of step and value alone.
-        without: fields and results to drop.
+        without: of a cell, fields and results to drop; the same of all cells of a protocol.
         leave_out: stages to drop.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in results.metrics():
         if record.get("stage") not in leave_out:
             groups.setdefault(tuple(record.get(name) for name in SHARED), []).append(record)
-    blocks = [_block(group, curves, {"id", *without}) for group in groups.values()]
+    blocks = [_block(group, curves, {"id", *without(group[0])}) for group in groups.values()]
     lines = ",\n".join(blocks)
     text = f'{{"facts": {json.dumps(dict(facts), indent=1, ensure_ascii=False)},\n"groups": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,8 @@ __all__ = ["EXPORT", "REPORT", "report_sections", "write_convergence_report"]
 REPORT, EXPORT = "report.html", "export.json"
 UNTOLD = ("reason", "epochs", "loss", "mean_gradient_squared")
 """Results that no table shows."""
+OF_TRAINING = ("best_accuracy", "area", "train_loss", "unseen_loss")
+"""Those of which the tables of robustness show none."""
 
 Record = Mapping[str, Any]
 
@@ -85,7 +87,7 @@ def write_convergence_report(
     """
     known = provenance(**{"tuning": tuning_runs(results.metrics()), **(facts or {})})
     export(
-        results, folder / EXPORT, facts=known, curves=partial(_curves, results), without=UNTOLD, leave_out=("tuning",)
+        results, folder / EXPORT, facts=known, curves=partial(_curves, results), without=_untold, leave_out=("tuning",)
     )
     return write_report(
         folder / REPORT,
@@ -107,9 +109,13 @@ def tuning_runs(records: Sequence[Record]) -> str:
     return "; ".join(found) or "none"
 
 
+def _untold(record: Record) -> tuple[str, ...]:
+    return (*UNTOLD, *OF_TRAINING) if record["protocol"] == "robustness" else UNTOLD
+
+
 def _curves(results: Results, record: Record) -> dict[str, Sequence[Point]]:
     """The curves of a cell, as far as tables are made of them."""
-    if record["protocol"] in ("robustness", "transfer"):
+    if record["protocol"] in ("stochastic", "robustness", "transfer"):
         return {}
     if record["protocol"] == "training":
         return {name: results.curve(record, name) for name in report_training.CURVES}

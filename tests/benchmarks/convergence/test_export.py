@@ -55,7 +55,12 @@ def test_records_and_curves_read_back(store: Store, tmp_path: Path) -> None:
 
 
 def test_stages_and_fields_can_be_left_out(store: Store, tmp_path: Path) -> None:
-    options = {"facts": {}, "curves": lambda record: {}, "without": ("seconds",), "leave_out": ("tuning",)}
+    options = {
+        "facts": {},
+        "curves": lambda record: {},
+        "without": lambda record: ("seconds",),
+        "leave_out": ("tuning",),
+    }
     found = read_export(export(store, tmp_path / "out.json", **options))  # type: ignore[arg-type]
     assert {r["stage"] for r in found.metrics()} == {"final"}
     assert all("seconds" not in r for r in found.metrics())
