@@ -85,7 +85,8 @@ def write_convergence_report(
     Returns:
         The report's path.
     """
-    known = provenance(**{"tuning": tuning_runs(results.metrics()), **(facts or {})})
+    records = results.metrics()
+    known = provenance(**{"tuning": tuning_runs(records), "time": time_of_runs(records), **(facts or {})})
     export(
         results, folder / EXPORT, facts=known, curves=partial(_curves, results), without=_untold, leave_out=("tuning",)
     )
@@ -107,6 +108,15 @@ def tuning_runs(records: Sequence[Record]) -> str:
         many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         found.append(f"{protocol}: {many} runs of each method")
     return "; ".join(found) or "none"
+
+
+def time_of_runs(records: Sequence[Record]) -> str:
+    """What all runs took together: "1.3 hours on one thread, 0.8 of them tuning"."""
+    hours = [
+        sum(r["seconds"] or 0.0 for r in records if (r["stage"] == "tuning") == tuning) / 3600
+        for tuning in (False, True)
+    ]
+    return f"{sum(hours):.2f} hours on one thread, {hours[1]:.2f} of them tuning"
 
 
 def _untold(record: Record) -> tuple[str, ...]:

@@ -259,6 +259,9 @@ def test_an_export_makes_the_same_tables_as_its_store(tmp_path: Path) -> None:
     write_convergence_report(tmp_path, store, description="Text.", facts={"seeds": 5})
     found = read_export(tmp_path / "export.json")
     assert found.facts["seeds"] == "5" and found.facts["tuning"] == "training: 3 runs of each method"
+    times = {stage: sum(r["seconds"] for r in few if r["stage"] == stage) for stage in {r["stage"] for r in few}}
+    total, tuning = sum(times.values()) / 3600, times["tuning"] / 3600
+    assert found.facts["time"] == f"{total:.2f} hours on one thread, {tuning:.2f} of them tuning"
     again = markdown(report_sections(found))
     whole = markdown(report_sections(store))
     number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
