@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["conv_norm", "conv_norm_bound"]
+__all__ = ["circular_excess", "conv_norm", "conv_norm_bound"]
 
 _HALF = (torch.float16, torch.bfloat16)
 # Doublings of the Chebyshev degree: three bound the largest of 128 singular values to 2 % in random kernels, and to
@@ -83,7 +84,8 @@ def conv_norm_bound(weight: Tensor, *, oversampling: int = 4, matrix_norm: Tenso
       powers of Gram iteration (Delattre et al., ICML 2023, AISTATS 2024) take as many products for twice the slack.
     - ``sqrt(k1 k2 ...)`` times the spectral norm of the kernel as a matrix (out, in k1 k2 ...), by Cauchy-Schwarz.
 
-    It holds for dilated, strided and transposed convolutions too, not for reflected or replicated padding. It is 1.15
+    It holds for dilated, strided and transposed convolutions too, not for reflected or replicated padding, nor for
+    circular padding by more than the kernel takes away, which computes some outputs twice. It is 1.15
     to 1.2 times the norm of random 3 x 3 kernels, and at most 1.25 times that of any with min(out, in) = 128.
 
     With c = min(out, in), c' the other and 3 x 3 taps it takes ``130 c^2 c' + 400 c^3`` operations, in matrix products
@@ -120,6 +122,18 @@ def conv_norm_bound(weight: Tensor, *, oversampling: int = 4, matrix_norm: Tenso
         if math.prod(taps) > 1:
             bound = torch.minimum(bound, scale * _frequency_bound(kernel, oversampling))
     return (bound * (1 + torch.finfo(weight.dtype).eps) if weight.dtype in _HALF else bound).to(weight.dtype)
+
+
+def circular_excess(layer: Any) -> tuple[int, ...]:
+    """How many outputs a circularly padded convolution of stride 1 has more than inputs, per dimension; these repeat
+    others.
+    """
+    taken = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    if isinstance(layer.padding, str):
+        added = taken if layer.padding == "same" else [0] * len(taken)
+    else:
+        added = [2 * amount for amount in layer.padding]
+    return tuple(a - t for a, t in zip(added, taken, strict=True))
 
 
 def _frequency_bound(kernel: Tensor, oversampling: int) -> Tensor:

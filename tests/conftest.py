@@ -11,4 +11,4 @@ import torch
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test draws the same numbers whichever came before it."""
-    torch.manual_seed(0)
+    torch.manual_seed(1_000_003)  # of no generator that a test makes itself

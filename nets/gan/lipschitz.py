@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .._conv_norm import conv_norm_bound
+from .._conv_norm import circular_excess, conv_norm_bound
 from .._layers import weight_layers
 from ..parametrizations._base import spectral_weight, widened
 from .spectra import evaluating
@@ -107,7 +107,7 @@ class _Bounding(fx.Interpreter):
             module = self.fetch_attr(str(node.target))
             name, options = type_before_parametrizations(module).__name__, vars(module)
             if module in weight_layers(module).values() and not isinstance(module, nn.Embedding):
-                return _norm(module)
+                return _norm(module, args[0].shape[2:])
         else:
             name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
             options = _options(name, args[1:], kwargs)
@@ -194,8 +194,8 @@ _CONSTANTS: dict[str, Constant] = {
 # -------------------------------------------------------------------------------------------- layers with a weight
 
 
-def _norm(layer: Any) -> float:
-    """Norm of a linear layer, or a bound of that of a convolution."""
+def _norm(layer: Any, sizes: Sequence[int]) -> float:
+    """Norm of a linear layer, or a bound of that of a convolution of inputs of these sizes."""
     weight = _kernel(layer)
     if not bool(torch.isfinite(weight).all()):
         return math.nan
@@ -209,7 +209,11 @@ def _norm(layer: Any) -> float:
     # A circle whose length the stride does not divide has no phases.
     separable = layer.padding_mode == "zeros" and set(layer.dilation) == {1}
     groups = (_phases(group, layer.stride) if separable else group for group in weight.chunk(layer.groups))
-    return max(float(conv_norm_bound(group)) for group in groups)
+    bound = max(float(conv_norm_bound(group)) for group in groups)
+    if layer.padding_mode == "zeros":
+        return bound
+    around = [1 + -(-max(0, more) // n) for more, n in zip(circular_excess(layer), sizes, strict=True)]
+    return bound * math.sqrt(math.prod(around))  # as often as an output may be repeated
 
 
 def _kernel(layer: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from retract.nets.layers import factored  # a module, not its names: it imports this package in turn
 
+from .._conv_norm import circular_excess
 from ._base import SpectralParametrization
 from ._layout import MatrixLayout
 
@@ -102,6 +103,12 @@ def _check_norm(module: nn.Module, parametrization: SpectralParametrization) -> 
         raise ValueError(
             f"spectrum {parametrization.spectrum} bounds the norm of convolutions padded by zeros or circularly, "
             f"module has padding_mode={padding!r}"
+        )
+    if parametrization.operator_norm is not None and padding == "circular" and max(circular_excess(module)) > 0:
+        raise ValueError(
+            f"spectrum {parametrization.spectrum} bounds the norm of convolutions whose circular padding adds no more "
+            f"than the kernel takes away, module has kernel_size={module.kernel_size}, dilation={module.dilation} and "
+            f"padding={module.padding}"
         )
 
 

@@ -48,6 +48,12 @@ BAD = [
         ValueError,
         "padding_mode='reflect'",
     ),
+    (
+        lambda: nn.Conv2d(4, 4, 2, padding=1, padding_mode="circular"),
+        {"spectrum": Lipschitz(of="operator")},
+        ValueError,
+        r"adds no more than the kernel takes away, module has kernel_size=\(2, 2\).* padding=\(1, 1\)",
+    ),
 ]
 
 
