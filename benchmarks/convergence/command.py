@@ -38,7 +38,7 @@ __all__ = ["MAIN", "PROTOCOLS", "Benchmark", "convergence_command"]
 
 THEORY = ("toy", "descent", "stochastic")
 PROTOCOLS = (*THEORY, "training", "robustness", "transfer")
-TRIALS = 36  # as many as a grid has
+TRIALS = 36  # of 48 that a grid has
 MAIN = (
     "SGD",
     "AdamW",

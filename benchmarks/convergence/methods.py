@@ -106,9 +106,9 @@ def _rates(lowest: float, count: int = 6) -> tuple[float, ...]:
     return tuple(float(f"{(1, 3)[half % 2]}e{half // 2}") for half in range(first, first + count))
 
 
-SGD_RATES, SGD_OTHERS, SGD_DECAYS = _rates(0.01), _rates(0.1, 3), (0.0, 5e-4)
+SGD_RATES, SGD_OTHERS, SGD_DECAYS = _rates(0.01), _rates(0.03, 4), (0.0, 5e-4)
 GROWING = _rates(0.03)  # of methods under which norms grow, so that steps shrink: they want higher rates
-ADAM_RATES, ADAM_OTHERS, ADAM_DECAYS = _rates(3e-4), _rates(1e-3, 3), (0.0, 0.05)
+ADAM_RATES, ADAM_OTHERS, ADAM_DECAYS = _rates(3e-4), _rates(3e-4, 4), (0.0, 0.05)
 ANGLES = _rates(1e-3)  # radians
 
 

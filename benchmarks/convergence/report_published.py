@@ -35,7 +35,12 @@ def published_sections(results: Results) -> list[Section]:
         if mine and other:
             pairs[decay, ours, theirs] = mine, other
     tests = compare_pairs(pairs)
-    return [Section("The published differences", _TEXT.strip(), [_table(tests)])] if tests else []
+    if not tests:
+        return []
+    agreeing = sum(_agrees(test, _published(*key)) for key, test in tests.items())
+    seen = sum(_agrees(test, _published(*key)) for key, test in tests.items() if test.seen)
+    words = f"{agreeing} of {len(tests)} differences have the published sign, {seen} of them beyond doubt."
+    return [Section("The published differences", f"{_TEXT.strip()} {words}", [_table(tests)])]
 
 
 _TEXT = """
@@ -59,7 +64,7 @@ def _accuracies(found: Mapping[str, Mapping[int, float]], method: str, decay: st
 def _table(tests: Mapping[tuple[str, str, str], PairedTest]) -> Table:
     rows = []
     for (decay, ours, theirs), test in tests.items():
-        published = PUBLISHED[decay][ours] - PUBLISHED[decay][theirs]
+        published = _published(decay, ours, theirs)
         here = f"{test.difference:+.2f} [{test.low:+.2f}, {test.high:+.2f}]"
         p = number(test.p, ".2g")
         rows.append(
@@ -73,7 +78,14 @@ def _table(tests: Mapping[tuple[str, str, str], PairedTest]) -> Table:
     return Table(header, rows, caption)
 
 
+def _published(decay: str, ours: str, theirs: str) -> float:
+    return PUBLISHED[decay][ours] - PUBLISHED[decay][theirs]
+
+
+def _agrees(test: PairedTest, published: float) -> bool:
+    return (test.difference > 0) == (published > 0)
+
+
 def _sign(test: PairedTest, published: float) -> str:
-    if not test.seen:
-        return "no difference seen"
-    return "as published" if (test.difference > 0) == (published > 0) else "opposite"
+    sign = "as published" if _agrees(test, published) else "opposite"
+    return sign if test.seen else f"{sign}, no difference seen"
