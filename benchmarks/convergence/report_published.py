@@ -39,7 +39,7 @@ def published_sections(results: Results) -> list[Section]:
         return []
     agreeing = sum(_agrees(test, _published(*key)) for key, test in tests.items())
     seen = sum(_agrees(test, _published(*key)) for key, test in tests.items() if test.seen)
-    words = f"{agreeing} of {len(tests)} differences have the published sign, {seen} of them beyond doubt."
+    words = f"{agreeing} of {len(tests)} differences have the published sign; of these the test tells {seen} from none."
     return [Section("The published differences", f"{_TEXT.strip()} {words}", [_table(tests)])]
 
 

@@ -166,7 +166,7 @@ def test_published_differences_stand_beside_ours(tmp_path: Path) -> None:
     (section,) = published_sections(make_store(tmp_path, records))
     rows = {(row[0], row[1]): row for row in tables(section)[0].rows}
     assert rows["0", "PSISGD less SGD"][2] == "+1.27" and rows["0", "PSISGD less SGD"][-1] == "as published"
-    assert "1 of 2 differences have the published sign, 1 of them beyond doubt." in section.text
+    assert "1 of 2 differences have the published sign; of these the test tells 1 from none." in section.text
     assert rows["5e-4", "PSISGD less SGD"][2] == "+0.35" and rows["5e-4", "PSISGD less SGD"][-1] == "opposite"
     assert len(rows) == 2
 
