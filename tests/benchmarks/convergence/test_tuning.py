@@ -118,6 +118,7 @@ def test_edges_of_a_grid():
     method = Method("sgd", (0.1, 0.3, 1.0), (0.1, 0.3, 1.0), (0.0,))
     assert method.at_edges(0.3, 0.3) == (False, False)
     assert method.at_edges(0.1, 0.3) == (True, False) and method.at_edges(0.3, 1.0) == (False, True)
+    assert method.at_edges(0.1000001, 0.3) == (True, False), "an export has six digits"
 
 
 def test_names_with_a_fixed_decay():
