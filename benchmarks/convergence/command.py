@@ -204,7 +204,9 @@ def convergence_command(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of a training run.", metavar="N")] = 9,
     batch_size: BatchSize = 64,
     schedule: Annotated[str, typer.Option(help=f"{', '.join(SCHEDULES)}.", metavar="NAME")] = "cosine",
-    warmup: Annotated[float, typer.Option(min=0, help="Epochs of linear warm-up.", metavar="X")] = 0.0,
+    warmup: Annotated[
+        float, typer.Option(min=0, help="Epochs of linear warm-up, of shorter runs the same part.", metavar="X")
+    ] = 0.0,
     trials: Annotated[
         int, typer.Option(min=1, help="Settings that each method is tuned over, by successive halving.", metavar="N")
     ] = TRIALS,

@@ -165,7 +165,7 @@ def begin(settings: Settings, cell: Cell) -> Trainer:
         epochs=cell.epochs,
         batch_size=settings.batch_size,
         schedule=settings.schedule,
-        warmup=min(settings.warmup, cell.epochs),
+        warmup=settings.warmup * cell.epochs / settings.epochs,  # of a shorter run the same part
         augment=settings.augment,
         seed=cell.seed,
         device=device,

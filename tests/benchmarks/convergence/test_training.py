@@ -73,6 +73,17 @@ def test_looks_may_be_epochs_apart(tmp_path):
     assert some["area"] == pytest.approx(statistics.mean(value for _, value, _ in some["curves"]["accuracy"]))
 
 
+def test_a_shorter_run_warms_up_for_the_same_part():
+    """A run of one epoch that warmed up for the whole of it would tell nothing of its learning rate."""
+    settings = dataclasses.replace(SETTINGS, subset=None, epochs=6, warmup=2.0)
+    steps = {}
+    for epochs in (6, 3, 1):
+        trainer = begin(settings, dataclasses.replace(CELL, epochs=epochs))
+        rates = [trainer.scheduler.lr_lambdas[0](step) for step in range(epochs * trainer.steps_per_epoch)]
+        steps[epochs] = rates.index(max(rates)) / len(rates)
+    assert steps == pytest.approx(dict.fromkeys(steps, 1 / 3), abs=0.05)
+
+
 def test_tuning_never_sees_the_test_images():
     data = load_data(SETTINGS)
     tuning = begin(SETTINGS, dataclasses.replace(CELL, stage="tuning")).data
