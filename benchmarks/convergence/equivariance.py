@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retract.nets.cnn import ZooModel
+
 from ..cells import TrainingCell
 from ..demo import rescale_filters
 from ..grid import Stopping
 from ..training import NOT_FINITE
 from .methods import Setting, find_method
 from .store import DIVERGED, FINISHED
-from .training import EXAMPLES, Settings, load_data, make_network
+from .training import Settings, load_data, make_network
 
 __all__ = ["STARTS", "EquivarianceCell", "equivariance_cells", "run_equivariance"]
 
@@ -125,11 +127,11 @@ def _rescale(model: Any, cell: EquivarianceCell) -> None:
 
 
 def _losses(
-    cell: EquivarianceCell, model: nn.Module, images: Tensor, labels: Tensor, batches: list[Tensor], stopping: Stopping
+    cell: EquivarianceCell, model: ZooModel, images: Tensor, labels: Tensor, batches: list[Tensor], stopping: Stopping
 ) -> list[float] | None:
     """The loss at every step, constant learning rates; NaN from where it is not finite on. PSI norms stay as given."""
     setting = Setting(cell.lr, cell.euclidean_lr, cell.weight_decay)
-    optimizer = find_method(cell.method).build(model, images[:EXAMPLES], setting, canonical=False)
+    optimizer = find_method(cell.method).build(model, setting, canonical=False)
     losses: list[float] = []
     for batch in batches:
         if stopping():

@@ -13,9 +13,9 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from retract.nets import scale_invariant_groups
+from retract.nets import CANONICAL_NORM
+from retract.nets.cnn import ZooModel
 
 from ..optimizers import OPTIMIZERS, build
 
@@ -69,17 +69,14 @@ class Method:
         )
         return first, second
 
-    def build(
-        self, model: nn.Module, example: Tensor, setting: Setting, *, canonical: bool = True
-    ) -> torch.optim.Optimizer:
+    def build(self, model: ZooModel, setting: Setting, *, canonical: bool = True) -> torch.optim.Optimizer:
         """The optimizer of a model's parameters.
 
         Changes the model for methods on manifolds: their filters get a norm at which BatchNorm's epsilon does not
-        matter, or become unit vectors.
+        matter, or become unit vectors. BatchNorm's statistics stay, and are then of other weights.
 
         Args:
             model: a network with scale-invariant weights.
-            example: a batch of two or more of its inputs.
             setting: learning rates and decay.
             canonical: False leaves PSI weights at the norms they have.
 
@@ -87,11 +84,10 @@ class Method:
             ValueError: the optimizer refuses a rate, or the model has no scale-invariant weight.
         """
         if canonical and OPTIMIZERS[self.optimizer].manifold in ("psi", "any"):
-            scale_invariant_groups(model, example, canonical=True)
+            _put_at_canonical_norm(model)
         optimizer = build(
             self.optimizer,
             model,
-            example,
             lr=setting.lr,
             euclidean_lr=setting.euclidean_lr,
             weight_decay=setting.weight_decay,
@@ -100,6 +96,15 @@ class Method:
         for group in optimizer.param_groups:
             group.update(self.options)
         return optimizer
+
+
+@torch.no_grad()
+def _put_at_canonical_norm(model: ZooModel) -> None:
+    for group in model.manifold_groups():
+        if "manifold" in group:
+            manifold = group["manifold"]
+            for _, weight in group["params"]:
+                weight.copy_(manifold.act(weight, CANONICAL_NORM / manifold.norms(weight).flatten()))
 
 
 def _rates(lowest: float, count: int = 6) -> tuple[float, ...]:

@@ -153,10 +153,10 @@ def begin(settings: Settings, cell: Cell) -> Trainer:
     scale_weights_(model, cell.start)
     model.to(device)
     try:
-        optimizer = find_method(cell.method).build(model, example.to(device), cell.setting)
+        optimizer = find_method(cell.method).build(model, cell.setting)
     except ValueError as error:
         raise RefusedError(str(error)) from error
-    # What BatchNorm took the statistics of may have other norms now: an evaluation would not be of what trains.
+    # BatchNorm's statistics are of none yet, or of weights of other norms: an evaluation would not be of what trains.
     update_bn([example.to(device)], model)
     return Trainer(
         model,
