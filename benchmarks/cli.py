@@ -55,6 +55,7 @@ BENCHMARKS = (
         "convergence_command",
         "Which optimizer gets there first; rates, robustness.",
     ),
+    Command("results", ".convergence.docs", "results_command", "Write the generated parts of a document again."),
     Command("digits", ".digits", "digits_command", "Tune and compare all optimizers on 8x8 digits."),
 )
 

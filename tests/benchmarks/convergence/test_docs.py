@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from retract.benchmarks.convergence.docs import document_part, results_command, stale_parts
+from retract.benchmarks.cli import app
+from retract.benchmarks.convergence.docs import document_part, stale_parts
 from retract.benchmarks.convergence.export import export, read_export
 from retract.benchmarks.markdown import part_names, replace_generated
 from tests.benchmarks.convergence.stores import make_store, transfer
@@ -25,11 +26,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(document: Path, data: Path, *options: str) -> str:
-    import typer
-
-    app = typer.Typer()
-    app.command()(results_command)
-    result = CliRunner().invoke(app, [str(document), "--data", str(data), *options])
+    result = CliRunner().invoke(app, ["--debug", "bench", "results", str(document), "--data", str(data), *options])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
