@@ -22,7 +22,7 @@ from retract.benchmarks.convergence.training import (
     train_cell,
 )
 from retract.benchmarks.convergence.transfer import transfer_cells
-from retract.nets import find_scale_invariant
+from retract.nets import CANONICAL_NORM, find_scale_invariant
 
 SETTINGS = Settings("digits", None, 200, None, False, "digitsnet", 3, 64, "cosine", 0.0, "cpu", False)
 CELL = Cell("training", "SGD", "digits", "digitsnet", 0.1, 0.1, 5e-4, 1.0, 0, "final", 3)
@@ -170,6 +170,17 @@ def test_a_scaled_start_is_the_same_function_and_only_manifolds_train_alike(tmp_
         ends = [train(tmp_path, method=method, start=start)["train_loss"] for start in (1.0, 100.0)]
         apart[method] = abs(ends[0] - ends[1])
     assert apart["PSISGD"] < 1e-3 < 0.05 < apart["SGD"]
+
+
+@pytest.mark.parametrize(
+    ("method", "norm"), [("PSISGD", CANONICAL_NORM), ("PSIAngular", CANONICAL_NORM), ("unit norm", 1.0), ("SGD-G", 1.0)]
+)
+def test_methods_on_manifolds_begin_at_norms_of_their_own(method, norm):
+    for start in (0.001, 1000.0):
+        model = begin(SETTINGS, dataclasses.replace(CELL, method=method, start=start)).model
+        for group in model.manifold_groups():
+            for _, weight in group["params"] if "manifold" in group else ():
+                torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.full((len(weight),), float(norm)))
 
 
 @pytest.mark.parametrize("method", ["SGD", "PSISGD", "unit norm", "SGD-G", "geoopt RiemannianSGD (Sphere)"])
