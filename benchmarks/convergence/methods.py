@@ -19,7 +19,7 @@ from retract.nets.cnn import ZooModel
 
 from ..optimizers import OPTIMIZERS, build
 
-__all__ = ["FULL_BATCH", "METHODS", "STOCHASTIC", "Method", "Setting", "find_method"]
+__all__ = ["FIXED_DECAY", "FULL_BATCH", "METHODS", "STOCHASTIC", "Method", "Setting", "find_method"]
 
 
 @dataclass(frozen=True)

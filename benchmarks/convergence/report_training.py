@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..report import Figure, Section, Table
 from .export import Results
 from .figures import two_panels
-from .methods import find_method
+from .methods import FIXED_DECAY, find_method
 from .statistics import PairedTest, compare_pairs, wilcoxon_floor
 from .summary import (
     AT_EDGE,
@@ -62,25 +62,34 @@ def training_sections(results: Results, *, effects: bool = True) -> list[Section
 
 def _section(results: Results, data: str, model: str, records: Sequence[Record], *, effects: bool) -> Section:
     runs = by_method(records)
-    reference = REFERENCE if REFERENCE in runs else next(iter(runs))
+    leader = _first(LEADER, runs)
+    reference = _first(REFERENCE, runs) or next(iter(runs))
     measures = _measures(results, _targets(runs[reference]))
     values = {method: {name: _values(own, m) for name, m in measures.items()} for method, own in runs.items()}
     items: list[Figure | Table] = [*_figures(results, runs), _methods(runs, values, measures)]
     words = []
-    for whose in dict.fromkeys((reference, LEADER)):
+    # Of two methods the second table would say what the first says.
+    for whose in dict.fromkeys([reference, *([leader] if leader and len(runs) > 2 else [])]):
         family = _against(whose, values, measures)
         if any(family.values()):
-            words += _words(whose, family, measures)
+            words += _words(whose, leader, family, measures)
             others = [method for method in runs if method != whose]
             items += [_differences(whose, others, family, measures), *([_effects(whose, family)] if effects else [])]
-    return Section(f"Training: {model} on {data}", "\n\n".join([_TEXT.strip(), *words]), items)
+    levels = ", ".join(f"{100 * level:g} %" for level in LEVELS)
+    text = _TEXT.strip().format(reference=reference, levels=levels)
+    return Section(f"Training: {model} on {data}", "\n\n".join([text, *words]), items)
 
 
-_TEXT = f"""
+def _first(name: str, methods: Iterable[str]) -> str | None:
+    """The first of this name, with its decay tuned or fixed."""
+    return next((method for method in methods if method.partition(FIXED_DECAY)[0] == name), None)
+
+
+_TEXT = """
 Every method at its own settings, tuned in as many trials on a validation split; test images are looked at here alone.
 Runs of a seed begin at the same weights and see the same batches. Targets are parts of the median best accuracy of
-`{REFERENCE}` ({", ".join(f"{100 * level:g} %" for level in LEVELS)}), reached on the straight line between two looks
-at the test images; seconds are of training alone, on one thread.
+`{reference}` ({levels}), reached on the straight line between two looks at the test images; seconds are of
+training alone, on one thread.
 """
 
 
@@ -187,8 +196,6 @@ def _against(
     whose: str, values: Mapping[str, Mapping[str, Mapping[int, float]]], measures: Mapping[str, Measure]
 ) -> dict[str, dict[str, PairedTest]]:
     """By measure: every other method less this one; those of a measure are one family."""
-    if whose not in values:
-        return {}
     compared = [name for name in measures if not name.startswith("last")]
     return {
         name: compare_pairs({m: (found[name], values[whose][name]) for m, found in values.items() if m != whose})
@@ -196,25 +203,32 @@ def _against(
     }
 
 
-def _words(whose: str, family: Mapping[str, Mapping[str, PairedTest]], measures: Mapping[str, Measure]) -> list[str]:
+def _words(
+    whose: str,
+    leader: str | None,
+    family: Mapping[str, Mapping[str, PairedTest]],
+    measures: Mapping[str, Measure],
+) -> list[str]:
     """The leader beside the reference in a sentence for each measure that is spoken of; or beside all, counted."""
     spoken = [name for name in family if name in SPOKEN or name.startswith("epochs")]
-    if whose == LEADER:
-        return [" ".join(_counted(name, family[name], measures[name]) for name in spoken if family[name])]
+    if leader is None:
+        return []
+    if whose == leader:
+        return [" ".join(_counted(leader, name, family[name], measures[name]) for name in spoken if family[name])]
     sentences = [
-        f"{_capital(name)}: {family[name][LEADER].worded(LEADER, whose, higher_is_better=measure.higher_is_better)}."
+        f"{_capital(name)}: {family[name][leader].worded(leader, whose, higher_is_better=measure.higher_is_better)}."
         for name, measure in measures.items()
-        if name in spoken and LEADER in family[name]
+        if name in spoken and leader in family[name]
     ]
     return [" ".join(sentences)] if sentences else []
 
 
-def _counted(name: str, tests: Mapping[str, PairedTest], measure: Measure) -> str:
+def _counted(leader: str, name: str, tests: Mapping[str, PairedTest], measure: Measure) -> str:
     """Whom the leader, whom the others were compared with, is ahead of and behind."""
     seen = {method: (test.difference > 0) == measure.higher_is_better for method, test in tests.items() if test.seen}
     ahead, behind = sum(not better for better in seen.values()), sum(seen.values())
     return (
-        f"{_capital(name)}: {LEADER} is ahead of {ahead} of the {len(tests)} other methods, behind {behind}, and no "
+        f"{_capital(name)}: {leader} is ahead of {ahead} of the {len(tests)} other methods, behind {behind}, and no "
         f"difference is seen from {len(tests) - ahead - behind}."
     )
 

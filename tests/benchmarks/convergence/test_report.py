@@ -150,6 +150,16 @@ def test_effect_sizes_have_a_row_for_each_test(trained: Section, tmp_path: Path)
     assert not [table for table in tables(brief) if "Cohen's d" in table.header]
 
 
+def test_methods_of_fixed_decay_are_compared_as_those_they_are(tmp_path: Path) -> None:
+    sgd, angular = "SGD, decay 5e-4", "PSIAngular, decay 0"
+    records = [{**training(name.partition(",")[0], s), "method": name} for s in SEEDS for name in (angular, sgd)]
+    (section,) = training_sections(make_store(tmp_path, records))
+    assert f"the median best accuracy of `{sgd}` (80 %" in " ".join(section.text.split())
+    assert f"Best accuracy %: {angular} ahead of {sgd} by 1.6" in section.text
+    headers = [table.header[0] for table in tables(section) if table.header[0].startswith("method, less")]
+    assert headers == [f"method, less {sgd}"], "two methods are compared once"
+
+
 def test_training_without_the_usual_methods_or_with_a_single_seed(tmp_path: Path) -> None:
     (section,) = training_sections(make_store(tmp_path, [training("AdamW", 0), training("PSISGD", 1)]))
     assert len(tables(section)) == 1, "nothing is paired"
