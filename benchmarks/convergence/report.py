@@ -50,8 +50,9 @@ def report_sections(results: Results, *, effects: bool = True) -> list[Section]:
 
 
 _RUN = """
-Every method has its learning rate of the scale-invariant weights, that of all others and its decay tuned, in as many
-trials as every other, on images or seeds that the final runs do not have. Runs are paired by seed.
+Every method has its learning rate of the scale-invariant weights, that of all others and its decay, if its name
+fixes none, tuned in as many trials as every other, on images or seeds that the final runs do not have. Runs are paired
+by seed.
 """
 
 
